@@ -1,0 +1,120 @@
+"""What a forward is told about the world: `ForwardContext`.
+
+Training, prefill and decode run the same modules and differ only in this object, so there
+is no second model for inference. Shape letters: T tokens, D model, H heads, K top-k,
+E experts, C latent, R rotary width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class WeightGradSink(Protocol):
+    """Takes weight-gradient work out of a backward, to run at once or later."""
+
+    def submit(self, weight: Tensor, accumulate: Callable[[Tensor], None]) -> None:
+        """`accumulate(main_grad)` adds this use's gradient into fp32 `weight.main_grad`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentQuery:
+    """What one layer's MLA hands to the attention backend.
+
+    q_nope_THN and q_rope_THR are the (rotated) queries; latent_TC is the compressed and
+    normalised key/value, k_rope_TR the rotated key shared by the heads. `kv_b` holds the
+    up-projection (H*(nope+v), C), whose use (expand or absorb) is the backend's choice.
+    """
+
+    layer: int
+    q_nope_THN: Tensor
+    q_rope_THR: Tensor
+    latent_TC: Tensor
+    k_rope_TR: Tensor
+    kv_b: Any
+    softmax_scale: float
+
+
+class AttentionBackend(Protocol):
+    """Attends; returns (T, H, v_head_dim)."""
+
+    def attend(self, query: LatentQuery, ctx: ForwardContext) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """A token's chosen experts and gate values, with the scores they came from.
+
+    experts_TK int64 (logical experts), gates_TK and scores_TE in the router's dtype.
+    """
+
+    experts_TK: Tensor
+    gates_TK: Tensor
+    scores_TE: Tensor
+
+
+class ExpertDispatch(Protocol):
+    """Carries tokens to the experts' owners and back.
+
+    `dispatch` returns rows ordered by local expert slot with int32 end offsets per slot;
+    `combine` takes rows in that same order and returns the gate-weighted sum per token.
+    """
+
+    def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> Dispatched: ...
+
+    def combine(self, y_ND: Tensor, dispatched: Dispatched) -> Tensor: ...
+
+
+@dataclass(kw_only=True)
+class Dispatched:
+    """Rows on their expert's worker. `state` is the dispatcher's own way back."""
+
+    rows_ND: Tensor
+    offsets: Tensor
+    state: Any
+
+
+@dataclass
+class RoutingTape:
+    """Records every layer's expert choice, or replays a recorded one.
+
+    Routing near-ties flip between implementations of equal mathematics; comparing two of
+    them needs the same choice. `choices[layer]` is (T, K) int64.
+    """
+
+    choices: dict[int, Tensor] = field(default_factory=dict)
+    replay: bool = False
+
+
+@dataclass(kw_only=True)
+class ForwardContext:
+    """Everything a forward needs besides weights and input.
+
+    `positions_T` int64 are rotary positions. `seq_lens` are the lengths of the sequences
+    packed into T, in order. `weight_grads=None` leaves gradients to plain autograd, which
+    is the slow twin of the deferred path. `balance_scale` multiplies the sequence-wise
+    balance loss (alpha over the global number of sequences); 0 skips it. `loads` collects
+    int64 tokens per logical expert by layer; None when nobody asks.
+    """
+
+    positions_T: Tensor
+    seq_lens: tuple[int, ...]
+    attention: AttentionBackend
+    dispatch: ExpertDispatch
+    weight_grads: WeightGradSink | None = None
+    balance_scale: float = 0.0
+    loads: dict[int, Tensor] | None = None
+    tape: RoutingTape | None = None
+    balance_losses: list[Tensor] = field(default_factory=list)
+
+    def balance_loss(self) -> Tensor | None:
+        """Sum of the balance losses that this forward's MoE layers added; None if none did."""
+        if not self.balance_losses:
+            return None
+        return torch.stack(self.balance_losses).sum()
