@@ -74,6 +74,8 @@ class Schedule:
     `steps[rank]` is the ordered work of that rank. `stage_of[rank][direction]` is the stage
     that rank applies to micro-batches of that direction; `upstream` and `downstream` give
     the neighbours along a micro-batch's way, so callers never compute ranks themselves.
+    `max_activations[rank]` and `max_deferred[rank]` are the memory the generator promises
+    (live micro-batches, queued weight gradients); `verify` holds it to them. Empty: no promise.
     """
 
     kind: str
@@ -82,6 +84,8 @@ class Schedule:
     num_micro_batches: int
     steps: tuple[tuple[Step, ...], ...]
     stage_of: tuple[tuple[int, ...], ...]
+    max_activations: tuple[int, ...] = ()
+    max_deferred: tuple[int, ...] = ()
 
     @property
     def num_directions(self) -> int:
