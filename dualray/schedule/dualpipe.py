@@ -19,8 +19,9 @@ def dualpipe(num_ranks: int, num_micro_batches: int) -> Schedule:
 
     Every rank holds at most P+1 live micro-batches and r+1 queued weight gradients.
     """
-    assert num_ranks >= 2 and num_ranks % 2 == 0, num_ranks
-    assert num_micro_batches % 2 == 0 and num_micro_batches >= 2 * num_ranks, num_micro_batches
+    assert num_ranks >= 2, num_ranks
+    assert num_micro_batches >= 2 * num_ranks, num_micro_batches
+    assert num_ranks % 2 == num_micro_batches % 2 == 0, (num_ranks, num_micro_batches)
     ranks = range(num_ranks)
     return Schedule(
         kind="dualpipe",
