@@ -23,7 +23,9 @@ def make_schedule(kind: str, num_ranks: int, num_micro_batches: int) -> Schedule
         close = difflib.get_close_matches(kind.lower(), KINDS, n=1)
         raise ConfigError(
             f"layout.schedule is {kind} and must be one of {', '.join(KINDS)}",
-            hint=f"did you mean {close[0]}?" if close else f"choose {' or '.join(KINDS)}",
+            hint=f"did you mean {close[0]}? set layout.schedule to {close[0]}"
+            if close
+            else f"choose {' or '.join(KINDS)}",
         )
     _at_least_one("layout.pipeline", num_ranks)
     _at_least_one("train.micro_batches", num_micro_batches)

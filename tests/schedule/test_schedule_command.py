@@ -1,0 +1,104 @@
+"""`dualray schedule` as a person and as a program see it."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dualray.errors import ConfigError
+from dualray.platform.commands.schedule import schedule_command
+from dualray.schedule.baselines import one_f_one_b
+from dualray.schedule.dualpipe import dualpipe
+from dualray.schedule.render import render
+from dualray.schedule.simulate import Costs, simulate
+
+
+def invoke(*arguments):
+    app = typer.Typer()
+    app.command()(schedule_command)
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100"})
+
+
+def test_json():
+    result = invoke("dualpipe", "--ranks", "2", "--chunks", "4", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {
+        "kind": "dualpipe",
+        "ranks": 2,
+        "chunks": 4,
+        "actions": [
+            ["F0.0", "F1.0", "F0.1", "B1.0", "F1.1&B0.0", "B1.1", "I0.1", "W"],
+            ["F1.0", "F0.0", "F1.1", "B0.0", "F0.1&B1.0", "B0.1", "I1.1", "W"],
+        ],
+        "makespan": 12.0,
+        "idle": [0.0, 0.0],
+        "bubble": 0.0,
+        "peak_activations": [3, 3],
+        "peak_deferred": [1, 1],
+    }
+
+
+def test_costs_reach_the_simulation():
+    result = invoke("1f1b", "--ranks", "2", "--chunks", "2", "--costs", "2,1,1,9", "--json")
+    assert json.loads(result.stdout)["makespan"] == 12
+
+
+def test_grid_and_summary():
+    result = invoke("dualpipe", "--ranks", "2", "--chunks", "4")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "0 F0 f0 F1 b0    f1B0     b1    I1 W  ",
+        "1 f0 F0 f1 B0    F1b0     B1    i1 w  ",
+        "F forward, B backward, I input gradient, W weight gradient, F3b1 overlapped pair; "
+        "upper case direction 0, lower case direction 1; '.' idle",
+        "",
+        "dualpipe: 2 ranks, 4 micro-batches, verified",
+        "makespan 12, bubble 0.0%, idle per rank 0 to 0",
+        "peak live micro-batches per rank 3, peak queued weight gradients 1",
+    ]
+
+
+def test_grid_shows_idle_time_and_wraps():
+    costs = Costs()
+    timeline = simulate(one_f_one_b(2, 2), costs)
+    assert render(timeline, costs, width=17) == (
+        "0 F0 F1 ......B0 \n1 ...F0 B0    F1 \n\n0    ...B1    \n1 B1    ......"
+    )
+
+
+@pytest.mark.parametrize(
+    "costs", [Costs(weight_grad=0), Costs(forward=0.01), Costs(overlapped=0.5)]
+)
+def test_grid_rows_are_equally_long_for_odd_costs(costs):
+    lines = render(simulate(dualpipe(4, 10), costs), costs, width=10_000).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ("dualpipe", "--ranks", "3", "--chunks", "8"),
+            "--ranks is 3 and must be even with dualpipe; set --ranks to 2 or 4, or KIND to 1f1b.",
+        ),
+        (
+            ("dualpipe", "--ranks", "4", "--chunks", "6"),
+            "--chunks is 6 and dualpipe needs at least 2 x --ranks = 8; "
+            "set --chunks to 8, or KIND to 1f1b.",
+        ),
+        (
+            ("1f1b", "--ranks", "2", "--chunks", "4", "--costs", "1,2"),
+            "--costs is 1,2 and must be four numbers F,I,W,FB; try --costs 1,1,1,3.",
+        ),
+        (
+            ("1f1b", "--ranks", "2", "--chunks", "4", "--costs", "1,-2,1,1"),
+            "costs.input_grad is -2.0 and must be a finite duration of at least 0; "
+            "give four durations in one unit, such as 1,1,1,3.",
+        ),
+    ],
+)
+def test_mistakes_are_named_by_option(arguments, sentence):
+    result = invoke(*arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == sentence
