@@ -19,7 +19,10 @@ class WeightGradSink(Protocol):
     """Takes weight-gradient work out of a backward, to run at once or later."""
 
     def submit(self, weight: Tensor, accumulate: Callable[[Tensor], None]) -> None:
-        """`accumulate(main_grad)` adds this use's gradient into fp32 `weight.main_grad`."""
+        """`accumulate(main_grad)` adds this use's gradient into fp32 `weight.main_grad`.
+
+        It must run with gradients disabled: it still holds tensors of the graph.
+        """
         ...
 
 
@@ -111,6 +114,8 @@ class ForwardContext:
     balance_scale: float = 0.0
     loads: dict[int, Tensor] | None = None
     tape: RoutingTape | None = None
+    cos_sin: tuple[Tensor, Tensor] | None = None
+    """Rotary angles of `positions_T`; the stage fills them in once for all its layers."""
     balance_losses: list[Tensor] = field(default_factory=list)
 
     def balance_loss(self) -> Tensor | None:

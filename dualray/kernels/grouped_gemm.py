@@ -1,0 +1,47 @@
+"""Grouped GEMM: every expert's matrix product in one call, no Python loop over experts.
+
+`torch.nn.functional.grouped_mm` serves fp32 and bf16 on CPU and GPU. It has no float64
+and wants every row to start at a multiple of 16 bytes; what it cannot take goes to the
+looped reference, which computes the same sums.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualray.kernels import reference
+
+_ALIGNMENT_BYTES = 16
+
+
+def _supported(*widths: int, like: Tensor) -> bool:
+    if like.element_size() not in (2, 4):
+        return False
+    return all(width * like.element_size() % _ALIGNMENT_BYTES == 0 for width in widths)
+
+
+def grouped_mm(x_NK: Tensor, weight_eMK: Tensor, offsets_e: Tensor) -> Tensor:
+    """x times the transpose of its group's weight: (N, K) x (e, M, K) -> (N, M).
+
+    `offsets_e` int32 end rows, ascending; rows of one group are adjacent. Empty groups and
+    N = 0 are fine.
+    """
+    weight_eKM = weight_eMK.transpose(1, 2)
+    if x_NK.shape[0] and _supported(*weight_eMK.shape[1:], like=x_NK):
+        return F.grouped_mm(x_NK, weight_eKM, offs=offsets_e)
+    return reference.grouped_mm(x_NK, weight_eKM, offsets_e)
+
+
+def grouped_mm_input_grad(dy_NM: Tensor, weight_eMK: Tensor, offsets_e: Tensor) -> Tensor:
+    """dy times its group's weight: (N, M) x (e, M, K) -> (N, K)."""
+    if dy_NM.shape[0] and _supported(*weight_eMK.shape[1:], like=dy_NM):
+        return F.grouped_mm(dy_NM, weight_eMK, offs=offsets_e)
+    return reference.grouped_mm(dy_NM, weight_eMK, offsets_e)
+
+
+def grouped_mm_weight_grad(dy_NM: Tensor, x_NK: Tensor, offsets_e: Tensor) -> Tensor:
+    """Per group dy^T x: (N, M), (N, K) -> (e, M, K); empty groups give zeros."""
+    if x_NK.shape[0] and _supported(dy_NM.shape[1], x_NK.shape[1], like=x_NK):
+        return F.grouped_mm(dy_NM.t(), x_NK, offs=offsets_e)
+    return reference.grouped_mm_weight_grad(dy_NM, x_NK, offsets_e)

@@ -1,0 +1,111 @@
+"""Logical tensors: the model's parts under Hugging Face's names, and their initial values.
+
+A parameter of ours may hold several logical tensors back to back (gate and up projections;
+all local experts). Initialisation, checkpoints and optimizer state speak of logical tensors
+only, so they do not depend on which worker holds what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualray.model.moe import Experts, FeedForward
+from dualray.model.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogicalSlice:
+    """Logical tensor `name` of `shape` lies at flat offset `start` of its parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def _split(prefix: str, parts: list[tuple[str, tuple[int, ...]]]) -> list[LogicalSlice]:
+    slices, start = [], 0
+    for name, shape in parts:
+        slices.append(LogicalSlice(name=f"{prefix}{name}", shape=shape, start=start))
+        start += math.prod(shape)
+    return slices
+
+
+def logical_slices(stage: Stage) -> dict[str, list[LogicalSlice]]:
+    """For every parameter and persistent buffer of the stage: what it holds, in order."""
+    result: dict[str, list[LogicalSlice]] = {}
+    for module_name, module in stage.named_modules():
+        prefix = "" if module_name == "lm_head" else "model."
+        dot = f"{module_name}." if module_name else ""
+        if isinstance(module, Experts):
+            _, two_width, hidden = module.gate_up_proj.shape
+            width = two_width // 2
+            gate_up, down = [], []
+            for expert in module.ids:
+                gate_up.append((f"{expert}.gate_proj.weight", (width, hidden)))
+                gate_up.append((f"{expert}.up_proj.weight", (width, hidden)))
+                down.append((f"{expert}.down_proj.weight", (hidden, width)))
+            result[f"{dot}gate_up_proj"] = _split(prefix + dot, gate_up)
+            result[f"{dot}down_proj"] = _split(prefix + dot, down)
+            continue
+        if isinstance(module, FeedForward):
+            two_width, hidden = module.gate_up_proj.weight.shape
+            shape: tuple[int, ...] = (two_width // 2, hidden)
+            halves = [("gate_proj.weight", shape), ("up_proj.weight", shape)]
+            result[f"{dot}gate_up_proj.weight"] = _split(prefix + dot, halves)
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            # A fused projection has been split by the module around it.
+            if f"{dot}{name}" not in result:
+                result[f"{dot}{name}"] = _split(prefix + dot, [(name, tuple(tensor.shape))])
+    return result
+
+
+def stage_tensors(stage: Stage) -> dict[str, Tensor]:
+    """The stage's parameters and persistent buffers by module name."""
+    return {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
+
+
+def logical_tensors(stage: Stage) -> dict[str, Tensor]:
+    """Views onto the stage's parameters and buffers under their Hugging Face names."""
+    tensors = stage_tensors(stage)
+    views = {}
+    for name, slices in logical_slices(stage).items():
+        flat = tensors[name].detach().view(-1)
+        for part in slices:
+            views[part.name] = flat[part.start : part.start + part.numel].view(part.shape)
+    return views
+
+
+def seed_for(seed: int, name: str) -> int:
+    """A 63-bit seed from the run's seed and a global logical name, never from a rank."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@torch.no_grad()
+def initialise(stage: Stage, seed: int) -> None:
+    """Normal weights of std `initializer_range`, norms at one, biases at zero.
+
+    Values are drawn in fp32 from a generator seeded by (seed, logical name), so every
+    layout starts from the same model.
+    """
+    for name, view in logical_tensors(stage).items():
+        if name.endswith("norm.weight"):
+            view.fill_(1.0)
+        elif name.endswith("bias"):
+            view.zero_()
+        else:
+            generator = torch.Generator().manual_seed(seed_for(seed, name))
+            values = torch.empty(view.shape).normal_(
+                0.0, stage.config.initializer_range, generator=generator
+            )
+            view.copy_(values)

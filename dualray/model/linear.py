@@ -1,0 +1,143 @@
+"""Layers whose weight gradient can be deferred.
+
+A backward splits into I (gradient of the input, which the previous stage waits for) and W
+(gradient of the weights, which nobody waits for until the optimizer). With a
+`WeightGradSink` these functions compute I in autograd's backward and hand W over as a
+closure that accumulates into `weight.main_grad`; autograd itself never sees a weight
+gradient. Without a sink they are plain torch operations: the slow twin.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dualray.kernels import grouped_gemm
+from dualray.model.context import WeightGradSink
+
+
+class _SplitLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sink = sink
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+
+        def accumulate(main_grad: Tensor) -> None:
+            if main_grad.dtype == dy.dtype:
+                main_grad.addmm_(dy.t(), x)
+            else:
+                main_grad.add_(dy.t() @ x)
+
+        ctx.sink.submit(weight, accumulate)
+        return dy @ weight, None, None
+
+
+class _SplitGroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, sink: WeightGradSink
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, offsets)
+        ctx.sink = sink
+        return grouped_gemm.grouped_mm(x, weight, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight, offsets = ctx.saved_tensors
+        dy = dy.contiguous()
+
+        def accumulate(main_grad: Tensor) -> None:
+            main_grad.add_(grouped_gemm.grouped_mm_weight_grad(dy, x, offsets))
+
+        ctx.sink.submit(weight, accumulate)
+        return grouped_gemm.grouped_mm_input_grad(dy, weight, offsets), None, None, None
+
+
+class _SplitEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, sink: WeightGradSink) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.sink = sink
+        return weight.index_select(0, ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
+        ids, weight = ctx.saved_tensors
+
+        def accumulate(main_grad: Tensor) -> None:
+            main_grad.index_add_(0, ids, dy.to(main_grad.dtype))
+
+        ctx.sink.submit(weight, accumulate)
+        return None, None, None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Plain autograd over the same kernels, so that float64 and odd widths have a backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, offsets)
+        return grouped_gemm.grouped_mm(x, weight, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, offsets = ctx.saved_tensors
+        dy = dy.contiguous()
+        return (
+            grouped_gemm.grouped_mm_input_grad(dy, weight, offsets),
+            grouped_gemm.grouped_mm_weight_grad(dy, x, offsets),
+            None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, sink: WeightGradSink | None) -> Tensor:
+    """x (T, K) times weight (M, K) transposed."""
+    if sink is None or not torch.is_grad_enabled():
+        return F.linear(x, weight)
+    return _SplitLinear.apply(x, weight, sink)
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, offsets: Tensor, sink: WeightGradSink | None
+) -> Tensor:
+    """Rows x (N, K), group by group, times weight (e, M, K) transposed."""
+    if sink is None or not torch.is_grad_enabled():
+        return _GroupedLinear.apply(x, weight, offsets)
+    return _SplitGroupedLinear.apply(x, weight, offsets, sink)
+
+
+class Linear(nn.Module):
+    """A bias-free linear layer; `weight` is (out_features, in_features)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor, sink: WeightGradSink | None) -> Tensor:
+        return linear(x, self.weight, sink)
+
+
+class Embedding(nn.Module):
+    """Token embedding; `weight` is (vocab_size, hidden_size)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
+
+    def forward(self, ids_T: Tensor, sink: WeightGradSink | None) -> Tensor:
+        if sink is None or not torch.is_grad_enabled():
+            return F.embedding(ids_T, self.weight)
+        return _SplitEmbedding.apply(ids_T, self.weight, sink)

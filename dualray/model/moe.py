@@ -1,0 +1,99 @@
+"""DeepSeekMoE: shared experts for every token, fine-grained routed experts by choice.
+
+arXiv 2412.19437, section 2.1.2. T tokens, D model, F expert width, e local experts,
+K choices, N = dispatched rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualray.kernels.permute import permute, replicate, sort_by_key
+from dualray.model.config import ModelConfig
+from dualray.model.context import Dispatched, Routing, WeightGradSink
+from dualray.model.linear import Linear, grouped_linear
+from dualray.model.router import Router
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(first half) * second half of the last dim."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class FeedForward(nn.Module):
+    """SwiGLU FFN of a dense layer, or all shared experts as one. Gate and up are one GEMM."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x_TD: Tensor, sink: WeightGradSink | None) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x_TD, sink)), sink)
+
+
+class Experts(nn.Module):
+    """The routed experts that this worker holds; slot s is logical expert `ids[s]`."""
+
+    def __init__(self, config: ModelConfig, ids: tuple[int, ...]) -> None:
+        super().__init__()
+        self.ids = ids
+        width, hidden = config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(len(ids), 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(len(ids), hidden, width))
+
+    def forward(self, rows_ND: Tensor, offsets_e: Tensor, sink: WeightGradSink | None) -> Tensor:
+        hidden = swiglu(grouped_linear(rows_ND, self.gate_up_proj, offsets_e, sink))
+        return grouped_linear(hidden, self.down_proj, offsets_e, sink)
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts of one layer."""
+
+    def __init__(self, config: ModelConfig, layer: int, expert_ids: tuple[int, ...]) -> None:
+        super().__init__()
+        self.gate = Router(config, layer)
+        self.experts = Experts(config, expert_ids)
+        self.shared_experts = (
+            FeedForward(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+            if config.n_shared_experts
+            else None
+        )
+
+
+@dataclass(kw_only=True)
+class _LocalState:
+    order_N: Tensor
+    inverse_N: Tensor
+    gates_TK: Tensor
+
+
+class LocalDispatch:
+    """All experts are here: dispatch is a sort by expert, combine the way back."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> Dispatched:
+        order, inverse, counts = sort_by_key(routing.experts_TK.flatten(), self.num_experts)
+        return Dispatched(
+            rows_ND=replicate(x_TD, order, inverse),
+            offsets=counts.cumsum(0).to(torch.int32),
+            state=_LocalState(order_N=order, inverse_N=inverse, gates_TK=routing.gates_TK),
+        )
+
+    def combine(self, y_ND: Tensor, dispatched: Dispatched) -> Tensor:
+        state: _LocalState = dispatched.state
+        # Sorted rows go back to (token, choice) order; the two permutations swap roles.
+        return weigh(permute(y_ND, state.inverse_N, state.order_N), state.gates_TK)
+
+
+def weigh(y_ND: Tensor, gates_TK: Tensor) -> Tensor:
+    """Gate-weighted sum of each token's rows: (T*K, D), (T, K) -> (T, D)."""
+    y_TKD = y_ND.unflatten(0, gates_TK.shape)
+    return torch.bmm(gates_TK.to(y_ND.dtype)[:, None], y_TKD).squeeze(1)

@@ -1,0 +1,72 @@
+"""Decoupled rotary embedding with YaRN (arXiv 2104.09864, 2309.00071).
+
+The half-split layout is used: the first half of the rotary dims pairs with the second.
+T tokens, R rotary width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dualray.model.config import ModelConfig, YarnConfig
+
+
+def _mscale(coefficient: float, factor: float) -> float:
+    return 1.0 if factor <= 1.0 else 0.1 * coefficient * math.log(factor) + 1.0
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """(nope + rope)^-0.5, sharpened under YaRN when mscale_all_dim is set."""
+    scale = config.qk_head_dim**-0.5
+    yarn = config.rope_scaling
+    if yarn is not None and yarn.mscale_all_dim:
+        scale *= _mscale(yarn.mscale_all_dim, yarn.factor) ** 2
+    return scale
+
+
+def _yarn_frequencies(freqs: Tensor, theta: float, dim: int, yarn: YarnConfig) -> Tensor:
+    """Interpolate slow frequencies, keep fast ones, ramp between (YaRN, section 3.2)."""
+
+    def correction_dim(rotations: float) -> float:
+        length = yarn.original_max_position_embeddings
+        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(correction_dim(yarn.beta_fast)), 0)
+    high = min(math.ceil(correction_dim(yarn.beta_slow)), dim - 1)
+    span = high - low if high > low else 0.001
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return freqs / yarn.factor * ramp + freqs * (1 - ramp)
+
+
+class Rope:
+    """Rotary frequencies of a config; holds no parameters and no device."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        dim = config.qk_rope_head_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+        freqs = 1.0 / (config.rope_theta**exponents)
+        yarn = config.rope_scaling
+        self.factor = 1.0
+        if yarn is not None:
+            freqs = _yarn_frequencies(freqs, config.rope_theta, dim, yarn)
+            self.factor = _mscale(yarn.mscale, yarn.factor) / _mscale(
+                yarn.mscale_all_dim, yarn.factor
+            )
+        self.freqs = freqs
+
+    def cos_sin(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, R/2) of every position's angles, computed in fp32 at least."""
+        compute = torch.promote_types(dtype, torch.float32)
+        angles = positions_T[:, None].to(compute) * self.freqs.to(positions_T.device, compute)
+        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+
+
+def rotate(x_T_R: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the last dim of (T, R) or (T, H, R)."""
+    if x_T_R.ndim == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    first, second = x_T_R.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
