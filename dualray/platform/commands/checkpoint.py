@@ -1,0 +1,105 @@
+"""`dualray checkpoint`: which checkpoints a run has, and whether their bytes are still right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dualray.checkpoint.store import checkpoints_of, steps, verify
+from dualray.errors import CheckpointError
+
+app = typer.Typer(help="List and verify checkpoints.", no_args_is_help=True)
+
+_Json = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+
+
+@app.command("list")
+def list_command(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="a run's name or folder", show_default=False)
+    ],
+    as_json: _Json = False,
+) -> None:
+    """List a run's checkpoints, newest first, without reading their tensors."""
+    rows = [_examine(path, hashes=False) for path in _checkpoints(run)]
+    if as_json:
+        typer.echo(json.dumps({"checkpoints": rows}))
+        return
+    _print_table(rows, ok="committed")
+    typer.echo(f"check their bytes: dualray checkpoint verify {run}")
+
+
+@app.command("verify")
+def verify_command(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="a step-N folder, or a run to verify all of it", show_default=False
+        ),
+    ],
+    as_json: _Json = False,
+) -> None:
+    """Read every byte of a checkpoint and compare it with the hashes written with it."""
+    rows = [_examine(folder, hashes=True) for folder in _checkpoints(path)]
+    if as_json:
+        typer.echo(json.dumps({"checkpoints": rows}))
+    else:
+        _print_table(rows, ok="verified")
+    if not all(row["ok"] for row in rows):
+        raise typer.Exit(CheckpointError.exit_code)
+    if not as_json:
+        typer.echo(f"serve it: dualray serve {rows[0]['path']}")
+
+
+def _checkpoints(name: str) -> list[Path]:
+    """The step-N folder that is meant, or all of the run's; raises CheckpointError for none."""
+    path = Path(name)
+    if not path.exists() and (Path("runs") / name).is_dir():
+        path = Path("runs") / name
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{name} is neither a folder nor a run in {Path('runs').absolute()}",
+            hint="name a run, its folder or a step-N folder in it",
+        )
+    found = [folder for _, folder in steps(checkpoints_of(path))]
+    if found or checkpoints_of(path) != path:
+        if not found:
+            raise CheckpointError(
+                f"there is no checkpoint in {path}",
+                hint="set train.checkpoint_every to have them written",
+            )
+        return found
+    return [path]
+
+
+def _examine(folder: Path, *, hashes: bool) -> dict[str, Any]:
+    """One row: sound or the sentence why not."""
+    try:
+        manifest = verify(folder, hashes=hashes)
+    except CheckpointError as error:
+        return {"path": str(folder), "ok": False, "problem": str(error)}
+    return {
+        "path": str(folder),
+        "ok": True,
+        "step": manifest.meta["step"],
+        "num_tensors": len(manifest.tensors),
+        "num_files": len(manifest.files),
+        "size_bytes": manifest.size_bytes,
+    }
+
+
+def _print_table(rows: list[dict[str, Any]], *, ok: str) -> None:
+    table = Table("checkpoint", "step", "tensors", "files", "MB", "state", box=None)
+    for row in rows:
+        if row["ok"]:
+            counts = (row["step"], row["num_tensors"], row["num_files"])
+            size = f"{row['size_bytes'] / 1e6:.1f}"
+            table.add_row(row["path"], *map(str, counts), size, ok)
+        else:
+            table.add_row(row["path"], "", "", "", "", row["problem"])
+    Console(soft_wrap=True).print(table)
