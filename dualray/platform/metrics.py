@@ -1,0 +1,279 @@
+"""`metrics.jsonl`: what a run says about itself, one JSON object a line.
+
+A line is either one optimizer step (`StepMetrics`) or an event, marked by its `event` key
+(`Yardsticks`, `CheckpointSaved`, `Switch`). The file only ever grows by whole lines, each
+written with one system call, so that killing the process leaves at most one torn line at
+the end: readers skip it, and a resumed run cuts it off before it appends.
+
+JSON has no NaN; a loss that is not finite is written as null and read back as NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+from dualray.errors import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One optimizer step, summed or averaged over the whole global batch."""
+
+    step: int
+    """Optimizer steps done, counted from 1."""
+    tokens: int
+    """Tokens trained on since the start of the run, cumulative."""
+    loss: float
+    """Main cross-entropy, nats per token."""
+    mtp_loss: Sequence[float] = ()
+    """Cross-entropy of each multi-token-prediction depth, nats per token."""
+    balance_loss: float = 0.0
+    """Sequence-wise balance loss after its factor alpha, nats."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    """Learning rate of the step."""
+    tokens_per_s: float
+    """Tokens per second over all workers."""
+    step_time_s: float
+    """Wall-clock seconds of the step."""
+    bubble: float = 0.0
+    """Measured idle fraction of the pipeline, 0 to 1."""
+    max_vio: float | None = None
+    """Largest MaxVio (max load / mean load - 1) over the MoE layers; None without experts."""
+    max_vio_per_layer: Mapping[int, float] = field(default_factory=dict)
+    """MaxVio of each MoE layer."""
+    loads: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """Tokens that each expert of each MoE layer received."""
+    heldout_loss: float | None = None
+    """Held-out cross-entropy, nats per token; only on evaluation steps."""
+    heldout_bits_per_byte: float | None = None
+    """Held-out cross-entropy, bits per byte of text; only on evaluation steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yardsticks:
+    """Bits per byte that simple compressors and models reach on the same held-out text."""
+
+    event: ClassVar[str] = "yardsticks"
+
+    gzip: float
+    bzip2: float
+    unigram: float
+    bigram: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved:
+    """A checkpoint was committed."""
+
+    event: ClassVar[str] = "checkpoint"
+
+    step: int
+    """Optimizer steps that the checkpoint holds."""
+    seconds: float
+    """Wall-clock seconds from the first write to the commit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """The workers turned from training to serving."""
+
+    event: ClassVar[str] = "switch"
+
+    seconds_to_first_token: float
+    """Seconds from the end of the last optimizer step to the first served token."""
+    workers_before: Sequence[int]
+    """Process ids of the workers in training, by rank."""
+    workers_after: Sequence[int]
+    """Process ids of the workers in serving, by rank."""
+
+
+Line = StepMetrics | Yardsticks | CheckpointSaved | Switch
+_EVENTS = {cls.event: cls for cls in (Yardsticks, CheckpointSaved, Switch)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunMetrics:
+    """Everything that a metrics file says; of repeated events the last one counts."""
+
+    steps: tuple[StepMetrics, ...] = ()
+    checkpoints: tuple[CheckpointSaved, ...] = ()
+    yardsticks: Yardsticks | None = None
+    switch: Switch | None = None
+
+
+class MetricsLog:
+    """Appends lines to a metrics file; a context manager.
+
+    A line has reached the operating system when `append` returns, so it survives the death
+    of this process (though not of the machine).
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+
+    @classmethod
+    def create(cls, path: Path) -> MetricsLog:
+        """Start a new file. Raises RunError if one with lines is already there."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if os.fstat(descriptor).st_size:
+            os.close(descriptor)
+            raise RunError(
+                f"{path} already holds the metrics of a run",
+                hint="continue that run with --resume, or give this one another name",
+            )
+        return cls(path, descriptor)
+
+    @classmethod
+    def resume(cls, path: Path, step: int) -> MetricsLog:
+        """Continue a file after `step`: what was written about later steps is dropped.
+
+        A missing file is started anew. Raises RunError if a line in the middle is damaged.
+        """
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.ftruncate(descriptor, _end_of_step(path, step))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(path, descriptor)
+
+    def append(self, line: Line) -> None:
+        """Write one step or event."""
+        text = json.dumps(_to_json(line), allow_nan=False, separators=(",", ":"))
+        data = text.encode() + b"\n"
+        written = os.write(self._descriptor, data)
+        if written != len(data):
+            raise OSError(f"only {written} of {len(data)} bytes fitted into {self.path}")
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> RunMetrics:
+    """Read a metrics file, ignoring a torn last line, unknown keys and unknown events.
+
+    Raises RunError naming the line if one in the middle is damaged; a missing file reads as
+    a run that has not made a step yet.
+    """
+    steps: list[StepMetrics] = []
+    checkpoints: list[CheckpointSaved] = []
+    yardsticks: Yardsticks | None = None
+    switch: Switch | None = None
+    if not path.exists():
+        return RunMetrics()
+    for number, _, record in _records(path):
+        line = _from_json(record, path, number)
+        if isinstance(line, StepMetrics):
+            steps.append(line)
+        elif isinstance(line, CheckpointSaved):
+            checkpoints.append(line)
+        elif isinstance(line, Yardsticks):
+            yardsticks = line
+        elif isinstance(line, Switch):
+            switch = line
+    return RunMetrics(
+        steps=tuple(steps), checkpoints=tuple(checkpoints), yardsticks=yardsticks, switch=switch
+    )
+
+
+def _records(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(line number, end offset in bytes, object) of every whole line."""
+    end = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):
+                return
+            end += len(raw)
+            try:
+                record = json.loads(raw)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise _damaged(path, number, "is not a JSON object")
+            yield number, end, record
+
+
+def _end_of_step(path: Path, step: int) -> int:
+    """Offset in bytes after the last whole line before any that speaks of a later step."""
+    end = 0
+    for _, line_end, record in _records(path):
+        if record.get("step", 0) > step:
+            break
+        end = line_end
+    return end
+
+
+def _to_json(line: Line) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    if not isinstance(line, StepMetrics):
+        record["event"] = line.event
+    for item in fields(line):
+        value = getattr(line, item.name)
+        if value is None or (isinstance(value, (Sequence, Mapping)) and not value):
+            continue
+        record[item.name] = _finite(value)
+    return record
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _from_json(record: dict[str, Any], path: Path, number: int) -> Line | None:
+    event = record.get("event")
+    cls = StepMetrics if event is None else _EVENTS.get(event)
+    if cls is None:
+        return None
+    names = {item.name for item in fields(cls)}
+    values = {key: _parse(key, value) for key, value in record.items() if key in names}
+    try:
+        return cls(**values)
+    except TypeError:
+        what = "step" if event is None else f"`{event}` event"
+        raise _damaged(path, number, f"lacks keys that a {what} has") from None
+
+
+def _parse(key: str, value: Any) -> Any:
+    if value is None:
+        return math.nan
+    if key in ("loads", "max_vio_per_layer"):
+        return {int(layer): _parse("", item) for layer, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_parse("", item) for item in value)
+    return value
+
+
+def _damaged(path: Path, number: int, how: str) -> RunError:
+    return RunError(
+        f"line {number} of {path} {how}",
+        hint="remove that line, or restore the file from a copy",
+    )

@@ -1,0 +1,288 @@
+"""Puts a run's record and its figures into the page's template."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from html import escape
+from importlib import resources
+from itertools import zip_longest
+from pathlib import Path
+from statistics import median
+from string import Template
+
+from dualray import __version__
+from dualray.errors import RunError
+from dualray.platform.metrics import RunMetrics
+from dualray.platform.readable import count, duration, number
+from dualray.platform.report import curves, experts, timeline
+from dualray.platform.report.record import RunRecord, read_run
+
+
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Render the report of a run's folder and return where it was written.
+
+    `out` defaults to `report.html` in the folder; the file is replaced as a whole. Raises
+    RunError if the folder is not a run's or `out` cannot be written.
+    """
+    target = out if out is not None else run_dir / "report.html"
+    page = render(read_run(run_dir))
+    if target.is_dir():
+        raise RunError(
+            f"--out is {target} and that is a folder",
+            hint=f"name a file, such as {target / 'report.html'}",
+        )
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        raise RunError(
+            f"the report cannot be written to {target} ({error.strerror})",
+            hint="choose a writable place with --out FILE",
+        ) from None
+    return target
+
+
+def render(run: RunRecord) -> str:
+    """The page: HTML that refers to nothing outside itself."""
+    template = resources.files("dualray.platform").joinpath("templates", "report.html")
+    sections = [text for text in _sections(run) if text]
+    return Template(template.read_text(encoding="utf-8")).substitute(
+        name=escape(run.name),
+        facts=_facts(run),
+        tiles=_tiles(run.metrics),
+        sections="\n".join(sections),
+        version=escape(__version__),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    )
+
+
+def _sections(run: RunRecord) -> Iterator[str]:
+    steps, metrics = run.metrics.steps, run.metrics
+    if not steps:
+        yield '<p class="empty">This run has not finished a step yet, so there are no curves.</p>'
+    else:
+        yield _learning(metrics)
+        yield _section(
+            "Optimizer",
+            _figure(
+                curves.optimizer_figure(steps),
+                "The learning rate that each step used, and the global norm of the gradients "
+                "before clipping: spikes there are steps on which training was close to unstable.",
+            ),
+        )
+    if any(step.loads for step in steps):
+        yield _experts(metrics)
+    if run.trace is not None:
+        yield _pipeline(run)
+    if steps:
+        yield _speed(run)
+    if metrics.switch is not None:
+        yield _switch(run)
+    if run.run_yaml:
+        yield _section("Configuration", f"<pre>{escape(run.run_yaml.rstrip())}</pre>")
+
+
+def _facts(run: RunRecord) -> str:
+    """What the run was, as a list of term and description."""
+    facts: list[tuple[str, str]] = []
+    model = _model(run)
+    if model:
+        facts.append(("Model", model))
+    layout = run.layout
+    if layout is not None:
+        grid = f"{layout.pipeline} pipeline x {layout.experts} expert ranks"
+        if layout.replicas > 1:
+            grid += f" x {layout.replicas} replicas"
+        workers = "1 worker" if layout.world_size == 1 else f"{layout.world_size} workers"
+        facts.append(("Layout", f"{grid}, {layout.schedule}: {workers}"))
+    corpus = run.state.get("corpus") or run.section("data").get("path")
+    if corpus:
+        facts.append(("Corpus", str(corpus)))
+    steps = run.metrics.steps
+    if steps:
+        planned = run.section("train").get("steps")
+        done = f"{steps[-1].step:,}"
+        if isinstance(planned, int) and planned != steps[-1].step:
+            done += f" of {planned:,}"
+        facts.append(("Steps", f"{done} ({count(steps[-1].tokens)} tokens)"))
+        facts.append(("Duration", _duration(run.metrics)))
+    if run.state.get("state"):
+        facts.append(("State", str(run.state["state"])))
+    return "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in facts)
+
+
+def _model(run: RunRecord) -> str:
+    model = run.config.get("model")
+    if isinstance(model, str):
+        text = model
+    elif isinstance(model, dict):
+        named = {
+            "num_hidden_layers": "layers",
+            "hidden_size": "wide",
+            "n_routed_experts": "routed experts",
+        }
+        text = ", ".join(f"{model[key]} {word}" for key, word in named.items() if key in model)
+        preset = model.get("preset")
+        text = f"{preset} ({text})" if preset and text else str(preset or text)
+    else:
+        text = ""
+    total, active = (run.state.get(key) for key in ("num_parameters", "num_active_parameters"))
+    if isinstance(total, int):
+        size = f"{count(total)} parameters"
+        if isinstance(active, int) and active != total:
+            size += f", {count(active)} active per token"
+        text = f"{text}: {size}" if text else size
+    return text
+
+
+def _duration(metrics: RunMetrics) -> str:
+    training = sum(step.step_time_s for step in metrics.steps)
+    saving = sum(saved.seconds for saved in metrics.checkpoints)
+    text = f"{duration(training)} of steps"
+    return f"{text}, {duration(saving)} of checkpoints" if round(saving) else text
+
+
+def _tiles(metrics: RunMetrics) -> str:
+    """The handful of numbers that a reader looks for first."""
+    tiles: list[tuple[str, str, str]] = []
+    steps = metrics.steps
+    if steps:
+        tiles.append(("Training loss", number(steps[-1].loss, 4), "nats per token, last step"))
+        heldout = [s for s in steps if s.heldout_bits_per_byte is not None]
+        if heldout:
+            value = number(heldout[-1].heldout_bits_per_byte or 0.0, 3)
+            tiles.append(("Held-out", value, "bits per byte, last evaluation"))
+        tiles.append(
+            ("Throughput", count(median(s.tokens_per_s for s in steps)), "tokens/s, median step")
+        )
+        bubble = 100 * median(s.bubble for s in steps)
+        tiles.append(("Bubble", f"{bubble:.1f} %", "pipeline idle, median step"))
+        if steps[-1].max_vio is not None:
+            tiles.append(("MaxVio", number(steps[-1].max_vio, 2), "expert imbalance, last step"))
+    if metrics.switch is not None:
+        seconds = number(metrics.switch.seconds_to_first_token, 2)
+        tiles.append(("Train to serve", f"{seconds} s", "last step to first token"))
+    return "".join(
+        f'<div class="tile"><span>{title}</span><b>{escape(value)}</b><small>{what}</small></div>'
+        for title, value, what in tiles
+    )
+
+
+def _learning(metrics: RunMetrics) -> str:
+    steps = metrics.steps
+    caption = "Cross-entropy per token; the pale line is each step, the strong one a running mean."
+    if any(step.mtp_loss for step in steps):
+        caption += (
+            " Multi-token prediction guesses one token further ahead at each depth, which is"
+            " harder, so its loss lies above."
+        )
+    body = _figure(curves.loss_figure(steps), caption)
+    if any(step.heldout_bits_per_byte is not None for step in steps):
+        caption = "How many bits the model needs for a byte of text that it never trained on."
+        if metrics.yardsticks is not None:
+            caption += (
+                " The dashed lines are what two compressors, and unigram and bigram models over"
+                " the same tokens, need for the same text: below a line is better than it."
+            )
+        body += _figure(curves.bits_per_byte_figure(steps, metrics.yardsticks), caption)
+    return _section("Learning", body)
+
+
+def _experts(metrics: RunMetrics) -> str:
+    steps = metrics.steps
+    shown, total = experts.layers_shown(steps)
+    caption = (
+        "Tokens that each expert received, relative to the layer's mean: blue experts idle, "
+        "orange ones are overloaded, and a balanced layer fades into the background."
+    )
+    if len(shown) < total:
+        caption += f" {len(shown)} of {total} mixture-of-experts layers are shown."
+    body = _figure(experts.loads_figure(steps), caption)
+    if any(step.max_vio is not None for step in steps):
+        body += _figure(
+            experts.max_vio_figure(steps),
+            "MaxVio is how far the busiest expert of a layer lies above the mean: 0 is perfect "
+            "balance, 1 means that one expert got twice its share.",
+        )
+    return _section("Experts", body)
+
+
+def _pipeline(run: RunRecord) -> str:
+    trace = run.trace
+    assert trace is not None
+    when = "one step" if trace.step is None else f"step {trace.step:,}"
+    caption = (
+        f"What every worker did during {when}, as measured; a label such as F0.3 is the forward "
+        "of micro-batch 3 in direction 0, and gaps are time spent waiting."
+    )
+    bubble = trace.bubble()
+    if bubble is not None:
+        caption += f" The workers computed nothing for {100 * bubble:.1f} % of the time drawn."
+    left_out = len(trace.spans) - len(timeline.shown_spans(trace))
+    if left_out:
+        caption += f" The last {left_out:,} spans are left out; trace.json holds them all."
+    body = _figure(timeline.timeline_figure(trace, run.layout), caption)
+    body += "<p>The same trace opens in Perfetto: load <code>trace.json</code> there to zoom.</p>"
+    return _section("Pipeline", body)
+
+
+def _speed(run: RunRecord) -> str:
+    metrics = run.metrics
+    caption = (
+        "Tokens per second over all workers, and the part of each step in which the pipeline "
+        "stood idle."
+    )
+    if metrics.checkpoints:
+        caption += " Triangles mark checkpoints."
+    body = _figure(curves.speed_figure(metrics.steps, metrics.checkpoints), caption)
+    return _section("Speed and checkpoints", body + _checkpoints(run))
+
+
+def _checkpoints(run: RunRecord) -> str:
+    saved = run.metrics.checkpoints
+    if not saved:
+        return ""
+    rows = "".join(
+        f"<tr><td>{item.step:,}</td><td>{number(item.seconds, 2)}</td>"
+        f"<td>{'yes' if f'step-{item.step}' in run.kept_checkpoints else 'no'}</td></tr>"
+        for item in saved[-8:]
+    )
+    more = f"<p>The last 8 of {len(saved)} checkpoints:</p>" if len(saved) > 8 else ""
+    head = "<tr><th>checkpoint at step</th><th>seconds to write</th><th>still kept</th></tr>"
+    return f"{more}<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+
+def _switch(run: RunRecord) -> str:
+    switch = run.metrics.switch
+    assert switch is not None
+    same = list(switch.workers_before) == list(switch.workers_after)
+    verdict = (
+        "The processes that trained are the processes that serve: no weight was written or read "
+        "in between."
+        if same
+        else "The workers were replaced between training and serving."
+    )
+    rows = "".join(
+        f"<tr><td>{rank}</td><td>{before}</td><td>{after}</td></tr>"
+        for rank, (before, after) in enumerate(
+            zip_longest(switch.workers_before, switch.workers_after, fillvalue="none")
+        )
+    )
+    seconds = number(switch.seconds_to_first_token, 2)
+    return _section(
+        "From trainer to server",
+        f"<p>The first token was served {seconds} s after the last optimizer step. {verdict}</p>"
+        "<table><thead><tr><th>worker</th><th>process id in training</th>"
+        f"<th>process id in serving</th></tr></thead><tbody>{rows}</tbody></table>",
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{body}</section>"
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"

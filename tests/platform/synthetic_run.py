@@ -1,0 +1,121 @@
+"""A run's folder as a training would have left it, made in a moment and without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+from dualray.platform.metrics import CheckpointSaved, MetricsLog, StepMetrics, Switch, Yardsticks
+from dualray.platform.trace import Category, Span, write_trace
+from dualray.schedule.actions import Kind, Overlap
+from dualray.schedule.make import make_schedule
+from dualray.schedule.simulate import Costs, simulate
+
+RUN_YAML = """\
+name: demo
+seed: 0
+model: tiny
+data: {path: data/shakespeare}
+layout: {pipeline: 2, experts: 2, replicas: 1, schedule: dualpipe}
+train: {steps: 600, seq_len: 256, micro_batch_size: 4, micro_batches: 8, lr: 3.0e-3}
+"""
+YARDSTICKS = Yardsticks(gzip=3.0887, bzip2=2.4412, unigram=2.9134, bigram=2.2577)
+TOKENS_PER_STEP = 16_384
+TOKENS_PER_BYTE = 0.3
+
+
+def make_steps(
+    num_steps: int, *, layers: tuple[int, ...] = (1, 2, 3), num_experts: int = 16, eval_every=50
+) -> list[StepMetrics]:
+    """Curves that fall and balance that improves, with noise; the same ones every time."""
+    noise = random.Random(7)
+    steps = []
+    taste = {layer: [noise.gauss(0, 0.9) for _ in range(num_experts)] for layer in layers}
+    for step in range(1, num_steps + 1):
+        loss = 4.6 + 3.7 * math.exp(-step / 70) - 0.35 * step / 600 + noise.gauss(0, 0.04)
+        skew = 0.15 + math.exp(-step / 90)
+        loads = {}
+        for layer in layers:
+            weights = [math.exp(skew * t + noise.gauss(0, 0.06)) for t in taste[layer]]
+            scale = 4 * TOKENS_PER_STEP / sum(weights)
+            loads[layer] = [round(weight * scale) for weight in weights]
+        vio = {k: max(v) * num_experts / sum(v) - 1 for k, v in loads.items()}
+        evaluated = step % eval_every == 0 or step == num_steps
+        heldout = loss + 0.05
+        steps.append(
+            StepMetrics(
+                step=step,
+                tokens=step * TOKENS_PER_STEP,
+                loss=loss,
+                mtp_loss=(loss + 0.35 + noise.gauss(0, 0.04),),
+                balance_loss=1e-4,
+                grad_norm=(0.4 + 2 * math.exp(-step / 40)) * math.exp(noise.gauss(0, 0.2)),
+                lr=3e-3 * min(step / 40, 0.55 + 0.45 * math.cos(math.pi * step / num_steps)),
+                tokens_per_s=31_000 + noise.gauss(0, 900),
+                step_time_s=0.53 + noise.gauss(0, 0.02),
+                bubble=0.16 + abs(noise.gauss(0, 0.02)),
+                max_vio=max(vio.values(), default=None),
+                max_vio_per_layer=vio,
+                loads=loads,
+                heldout_loss=heldout if evaluated else None,
+                heldout_bits_per_byte=heldout * TOKENS_PER_BYTE / math.log(2)
+                if evaluated
+                else None,
+            )
+        )
+    return steps
+
+
+def make_spans(*, pipeline: int = 2, experts: int = 2, micro_batches: int = 8) -> list[Span]:
+    """One step of DualPipe as the simulator sees it, with jitter, exchanges and an optimizer."""
+    noise = random.Random(3)
+    timeline = simulate(make_schedule("dualpipe", pipeline, micro_batches), Costs())
+    spans = []
+    end = timeline.makespan
+    for rank in range(pipeline * experts):
+        for step, start, stop in timeline.rows[rank // experts]:
+            start, stop = start + noise.uniform(0, 0.04), stop - noise.uniform(0, 0.04)
+            forward = not isinstance(step, Overlap) and step.kind is Kind.FORWARD
+            spans.append(_span(rank, str(step), Category.COMPUTE, start, stop))
+            if isinstance(step, Overlap) or forward:
+                spans.append(
+                    _span(rank, "dispatch", Category.COMMUNICATION, start + 0.3, start + 0.5)
+                )
+        spans.append(_span(rank, "gradients", Category.COMMUNICATION, end + 0.05, end + 0.8))
+        spans.append(_span(rank, "optimizer", Category.OPTIMIZER, end + 0.8, end + 1.6))
+    return spans
+
+
+def make_run(folder: Path, *, num_steps: int = 600) -> Path:
+    """A whole run: run file, state, metrics, trace, checkpoints and the switch to serving."""
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text(RUN_YAML)
+    state = {
+        "run_id": "a1",
+        "name": "demo",
+        "state": "stopped",
+        "corpus": "data/shakespeare (5.5 MB)",
+        "num_parameters": 3_412_992,
+        "num_active_parameters": 1_318_144,
+    }
+    (folder / "run.json").write_text(json.dumps(state))
+    with MetricsLog.create(folder / "metrics.jsonl") as log:
+        log.append(YARDSTICKS)
+        for metrics in make_steps(num_steps):
+            log.append(metrics)
+            if metrics.step % 200 == 0:
+                log.append(CheckpointSaved(step=metrics.step, seconds=0.75 + metrics.step / 1000))
+        pids = (4101, 4102, 4103, 4104)
+        log.append(Switch(seconds_to_first_token=0.83, workers_before=pids, workers_after=pids))
+    write_trace(folder / "trace.json", make_spans(), step=300)
+    for step in (400, 600):
+        (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        (folder / "checkpoints" / f"step-{step}" / "COMMIT").touch()
+    return folder
+
+
+def _span(rank: int, name: str, category: Category, start: float, end: float) -> Span:
+    # The unit of the simulation becomes 12 ms.
+    return Span(rank=rank, name=name, category=category, start_s=start * 0.012, end_s=end * 0.012)
