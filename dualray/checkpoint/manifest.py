@@ -136,6 +136,8 @@ class Manifest:
                 )
                 for name, entry in raw["tensors"].items()
             }
+            if odd := {entry.dtype for entry in tensors.values()} - DTYPES.keys():
+                raise ValueError(f"dtypes {sorted(odd)}")
             return cls(meta=raw["meta"], files=files, tensors=tensors, schema_version=version)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedError(

@@ -86,6 +86,7 @@ class Reader:
         for part in self._parts(entry, start, start + view.numel()):
             target[filled : filled + part.numel()].copy_(part)
             filled += part.numel()
+        assert filled == view.numel(), f"the pieces of {name} leave a gap"
 
     def _parts(self, entry: TensorEntry, start: int, stop: int) -> Iterator[Tensor]:
         """Views of the mapped files that together are elements [start, stop)."""

@@ -27,11 +27,7 @@ def list_command(
 ) -> None:
     """List a run's checkpoints, newest first, without reading their tensors."""
     rows = [_examine(path, hashes=False) for path in _checkpoints(run)]
-    if as_json:
-        typer.echo(json.dumps({"checkpoints": rows}))
-        return
-    _print_table(rows, ok="committed")
-    typer.echo(f"check their bytes: dualray checkpoint verify {run}")
+    _show(rows, as_json, ok="committed", then=f"check their bytes: dualray checkpoint verify {run}")
 
 
 @app.command("verify")
@@ -46,18 +42,13 @@ def verify_command(
 ) -> None:
     """Read every byte of a checkpoint and compare it with the hashes written with it."""
     rows = [_examine(folder, hashes=True) for folder in _checkpoints(path)]
-    if as_json:
-        typer.echo(json.dumps({"checkpoints": rows}))
-    else:
-        _print_table(rows, ok="verified")
+    _show(rows, as_json, ok="verified", then=f"serve it: dualray serve {rows[0]['path']}")
     if not all(row["ok"] for row in rows):
         raise typer.Exit(CheckpointError.exit_code)
-    if not as_json:
-        typer.echo(f"serve it: dualray serve {rows[0]['path']}")
 
 
 def _checkpoints(name: str) -> list[Path]:
-    """The step-N folder that is meant, or all of the run's; raises CheckpointError for none."""
+    """All checkpoints of the run that is meant, or else the folder itself."""
     path = Path(name)
     if not path.exists() and (Path("runs") / name).is_dir():
         path = Path("runs") / name
@@ -66,15 +57,14 @@ def _checkpoints(name: str) -> list[Path]:
             f"{name} is neither a folder nor a run in {Path('runs').absolute()}",
             hint="name a run, its folder or a step-N folder in it",
         )
-    found = [folder for _, folder in steps(checkpoints_of(path))]
-    if found or checkpoints_of(path) != path:
-        if not found:
-            raise CheckpointError(
-                f"there is no checkpoint in {path}",
-                hint="set train.checkpoint_every to have them written",
-            )
-        return found
-    return [path]
+    inside = checkpoints_of(path)
+    found = [folder for _, folder in steps(inside)]
+    if inside != path and not found:
+        raise CheckpointError(
+            f"there is no checkpoint in {path}",
+            hint="set train.checkpoint_every to have them written",
+        )
+    return found or [path]
 
 
 def _examine(folder: Path, *, hashes: bool) -> dict[str, Any]:
@@ -93,13 +83,21 @@ def _examine(folder: Path, *, hashes: bool) -> dict[str, Any]:
     }
 
 
-def _print_table(rows: list[dict[str, Any]], *, ok: str) -> None:
+def _show(rows: list[dict[str, Any]], as_json: bool, *, ok: str, then: str) -> None:
+    if as_json:
+        typer.echo(json.dumps({"checkpoints": rows}))
+        return
     table = Table("checkpoint", "step", "tensors", "files", "MB", "state", box=None)
     for row in rows:
+        name = Path(row["path"]).name
         if row["ok"]:
             counts = (row["step"], row["num_tensors"], row["num_files"])
-            size = f"{row['size_bytes'] / 1e6:.1f}"
-            table.add_row(row["path"], *map(str, counts), size, ok)
+            table.add_row(name, *map(str, counts), f"{row['size_bytes'] / 1e6:.1f}", ok)
         else:
-            table.add_row(row["path"], "", "", "", "", row["problem"])
-    Console(soft_wrap=True).print(table)
+            table.add_row(name, "", "", "", "", "damaged")
+    Console().print(table)
+    for row in rows:
+        if not row["ok"]:
+            typer.echo(f"error: {row['problem']}", err=True)
+    if all(row["ok"] for row in rows):
+        typer.echo(then)
