@@ -1,0 +1,86 @@
+"""One engine step as plain data: what every owner runs, and what came out.
+
+The scheduler writes a `StepPlan`, the workers read it, `Sampled` goes back. Only ids and
+numbers travel; tensors stay in the workers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Owner(NamedTuple):
+    """Who holds a request's latent cache for life.
+
+    Expert ranks are data-parallel to each other outside the routed experts, and each
+    direction of the pipeline has its own stage copies, hence its own cache.
+    """
+
+    replica: int
+    expert: int
+    direction: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleSpec:
+    """How to choose the token after the last one that runs."""
+
+    position: int
+    """Position of the token to choose; with `seed` it fixes the random number."""
+    seed: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    logprobs: int | None
+    """Alternatives to report; None reports the chosen token's log-probability only."""
+    banned_ids: tuple[int, ...] = ()
+    """Ids that must not be chosen (stop tokens before min_tokens)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequencePlan:
+    """Tokens of one request to run in this step."""
+
+    request_id: str
+    ids: tuple[int, ...]
+    """Token ids: the prompt or a part of it, or the one token chosen last."""
+    first_position: int
+    """Position of ids[0]; everything before it is in the cache."""
+    block_table: tuple[int, ...]
+    """Block ids in order of position; covers first_position + len(ids) tokens or more."""
+    sample: SampleSpec | None
+    """None while a part of the prompt is still to come."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    """One step of every owner. Owners without work are absent."""
+
+    step: int
+    owners: dict[Owner, tuple[SequencePlan, ...]]
+
+    def sequences(self, owner: Owner) -> tuple[SequencePlan, ...]:
+        return self.owners.get(owner, ())
+
+    def directions(self, replica: int) -> tuple[int, ...]:
+        """Directions of a replica in which at least one expert rank has tokens.
+
+        All workers of the replica walk exactly these, those without tokens too: the experts'
+        all-to-all needs every expert rank.
+        """
+        return tuple(sorted({o.direction for o in self.owners if o.replica == replica}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """The token chosen for one request. Log-probabilities are of the unscaled logits."""
+
+    request_id: str
+    token_id: int
+    logprob: float
+    rank: int
+    """How many tokens are at least as likely, itself included: 1 is the likeliest."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest (id, log-probability) pairs, when asked for, likeliest first."""

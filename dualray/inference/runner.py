@@ -1,0 +1,168 @@
+"""A worker's part of a step: its stages over its owners' sequences.
+
+`StageRunner` runs one held stage copy. `StepRunner` walks a worker's stages in the order in
+which hidden states can arrive, and leaves the transport to two callables, so that the same
+code serves one process and a pipeline of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBatch
+from dualray.inference.plan import Owner, Sampled, SequencePlan, StepPlan
+from dualray.inference.sampler import sample
+from dualray.model.context import ExpertDispatch, ForwardContext, RoutingTape
+from dualray.model.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOutput:
+    """Hidden states (T, D) for the next stage, or the tokens that the last one chose."""
+
+    hidden_TD: Tensor
+    sampled: list[Sampled]
+
+
+class StageRunner:
+    """One held stage with its latent cache. Runs without gradients.
+
+    `dispatch` is the direction's own. A stage that gets no sequences still runs its layers
+    on zero tokens: the other expert ranks wait for it in every exchange.
+    """
+
+    def __init__(
+        self, stage: Stage, dispatch: ExpertDispatch, *, num_blocks: int, block_size: int
+    ) -> None:
+        weight = stage.layers[str(stage.layer_range.start)].self_attn.kv_b_proj.weight
+        self.stage = stage
+        self.device, self.dtype = weight.device, weight.dtype
+        self._dispatch = dispatch
+        self.cache = LatentCache(
+            stage.layer_range,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            latent_dim=stage.config.latent_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @torch.no_grad()
+    def run(
+        self,
+        sequences: Sequence[SequencePlan],
+        hidden_TD: Tensor | None,
+        tape: RoutingTape | None = None,
+    ) -> StageOutput:
+        """Runs the sequences' new tokens; `hidden_TD` is None for the first stage.
+
+        `tape` records or replays the expert choices of this call's T rows.
+        """
+        batch = PagedBatch.build(sequences, self.cache.block_size, self.device)
+        ctx = ForwardContext(
+            positions_T=batch.positions_T,
+            seq_lens=batch.seq_lens,
+            attention=PagedAttention(self.cache, batch),
+            dispatch=self._dispatch,
+            tape=tape,
+        )
+        if self.stage.is_first:
+            ids = [token for sequence in sequences for token in sequence.ids]
+            ids_T = torch.tensor(ids, dtype=torch.int64, device=self.device)
+            hidden_TD = self.stage.embed(ids_T, ctx)
+        assert hidden_TD is not None, "only the first stage has no input"
+        hidden_TD = self.stage(hidden_TD, ctx)
+        if not self.stage.is_last:
+            return StageOutput(hidden_TD=hidden_TD, sampled=[])
+        return StageOutput(hidden_TD=hidden_TD, sampled=self._sample(sequences, hidden_TD, ctx))
+
+    def _sample(
+        self, sequences: Sequence[SequencePlan], hidden_TD: Tensor, ctx: ForwardContext
+    ) -> list[Sampled]:
+        """The last row of every sequence that has all its tokens gives the next one."""
+        ends: list[int] = []
+        rows = []
+        stop = 0
+        for sequence in sequences:
+            stop += len(sequence.ids)
+            if sequence.sample is not None:
+                ends.append(stop - 1)
+                rows.append((sequence.request_id, sequence.sample))
+        if not rows:
+            return []
+        return sample(self.stage.logits(hidden_TD[ends], ctx), rows)
+
+
+class Pending(Protocol):
+    """A send under way."""
+
+    def wait(self) -> object: ...
+
+
+class Transport(Protocol):
+    """Carries hidden states to the next stage of a direction and from the one before."""
+
+    def send(self, direction: int, hidden_TD: Tensor) -> Pending:
+        """Starts sending and returns at once; mirrored ranks send to each other first."""
+        ...
+
+    def recv(self, direction: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Waits for the hidden states that the stage before has sent."""
+        ...
+
+
+class StepRunner:
+    """One worker's walk through a step.
+
+    `stages[direction]` is the stage that this worker applies to that direction.
+    """
+
+    def __init__(
+        self,
+        *,
+        replica: int,
+        expert: int,
+        stages: Mapping[int, StageRunner],
+        transport: Transport | None = None,
+    ) -> None:
+        self._replica = replica
+        self._expert = expert
+        self._stages = stages
+        self._transport = transport
+
+    def run(self, plan: StepPlan) -> list[Sampled]:
+        """Runs this worker's stages; returns the tokens chosen here, if a last stage is held.
+
+        Stages run in pipeline order: a worker's early stage feeds others before its late
+        stage waits for them, so no two workers wait for each other.
+        """
+        pending: list[Pending] = []
+        sampled: list[Sampled] = []
+        active = [d for d in plan.directions(self._replica) if d in self._stages]
+        for direction in sorted(active, key=lambda d: self._stages[d].stage.layer_range.start):
+            runner = self._stages[direction]
+            owner = Owner(replica=self._replica, expert=self._expert, direction=direction)
+            sequences = plan.sequences(owner)
+            num_tokens = sum(len(sequence.ids) for sequence in sequences)
+            output = runner.run(sequences, self._input(runner, direction, num_tokens))
+            sampled += output.sampled
+            if not runner.stage.is_last and num_tokens:
+                assert self._transport is not None
+                pending.append(self._transport.send(direction, output.hidden_TD))
+        for send in pending:
+            send.wait()
+        return sampled
+
+    def _input(self, runner: StageRunner, direction: int, num_tokens: int) -> Tensor | None:
+        if runner.stage.is_first:
+            return None
+        shape = (num_tokens, runner.stage.config.hidden_size)
+        if not num_tokens:
+            return torch.empty(shape, dtype=runner.dtype, device=runner.device)
+        assert self._transport is not None
+        return self._transport.recv(direction, shape, runner.dtype)

@@ -1,0 +1,147 @@
+import pytest
+
+from dualray.errors import RequestError
+from dualray.inference.request import SamplingParams, check_prompt, check_token_ids
+
+
+def test_defaults_are_vllms():
+    params = SamplingParams.parse({})
+    assert params == SamplingParams()
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
+    assert (params.max_tokens, params.min_tokens, params.seed, params.logprobs) == (
+        16,
+        0,
+        None,
+        None,
+    )
+    assert (params.stop, params.stop_token_ids, params.ignore_eos) == ((), (), False)
+
+
+def test_numbers_may_come_as_strings():
+    params = SamplingParams.parse(
+        {"temperature": "0.5", "max_tokens": "7", "ignore_eos": "true", "seed": "3", "top_k": 4.0}
+    )
+    assert params == SamplingParams(temperature=0.5, max_tokens=7, ignore_eos=True, seed=3, top_k=4)
+
+
+def test_stop_is_one_string_or_several():
+    assert SamplingParams.parse({"stop": "a"}).stop == ("a",)
+    assert SamplingParams.parse({"stop": ["a", "b"]}).stop == ("a", "b")
+    assert SamplingParams.parse({"stop": None}).stop == ()
+
+
+def test_parameters_not_offered_pass_with_their_neutral_value():
+    neutral = {"n": 1, "presence_penalty": 0.0, "logit_bias": None, "skip_special_tokens": True}
+    assert SamplingParams.parse(neutral) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "sentence"),
+    [
+        (
+            {"temperature": -1},
+            "temperature",
+            "sampling_parameters.temperature is -1.0 and must be 0 or more; correct temperature.",
+        ),
+        (
+            {"temperature": float("nan")},
+            "temperature",
+            "sampling_parameters.temperature is nan and must be a finite number; "
+            "correct temperature.",
+        ),
+        (
+            {"top_p": 0},
+            "top_p",
+            "sampling_parameters.top_p is 0.0 and must be above 0 and at most 1; correct top_p.",
+        ),
+        (
+            {"top_k": -2},
+            "top_k",
+            "sampling_parameters.top_k is -2 and must be -1, 0 (all) or more; correct top_k.",
+        ),
+        (
+            {"max_tokens": 0},
+            "max_tokens",
+            "sampling_parameters.max_tokens is 0 and must be at least 1; correct max_tokens.",
+        ),
+        (
+            {"max_tokens": 2, "min_tokens": 3},
+            "min_tokens",
+            "sampling_parameters.min_tokens is 3 and must lie between 0 and max_tokens, which "
+            "is 2; correct min_tokens.",
+        ),
+        (
+            {"max_tokens": True},
+            "max_tokens",
+            "sampling_parameters.max_tokens is True and must be a whole number; "
+            "correct max_tokens.",
+        ),
+        (
+            {"max_tokens": "many"},
+            "max_tokens",
+            "sampling_parameters.max_tokens is 'many' and must be a whole number; "
+            "correct max_tokens.",
+        ),
+        (
+            {"logprobs": 21},
+            "logprobs",
+            "sampling_parameters.logprobs is 21 and must lie between 0 and 20; correct logprobs.",
+        ),
+        (
+            {"stop": ["a", ""]},
+            "stop",
+            "sampling_parameters.stop is ['a', ''] and must not contain an empty string; "
+            "correct stop.",
+        ),
+        (
+            {"stop": 3},
+            "stop",
+            "sampling_parameters.stop is 3 and must be a string or a list of strings; "
+            "correct stop.",
+        ),
+        (
+            {"n": 2},
+            "n",
+            "sampling_parameters.n is 2 and this server does not offer n; leave it out or set "
+            "it to 1.",
+        ),
+        (
+            {"logit_bias": {"1": 2}},
+            "logit_bias",
+            "sampling_parameters.logit_bias is {'1': 2} and this server does not offer "
+            "logit_bias; leave it out or set it to null.",
+        ),
+        (
+            {"temprature": 1},
+            "temprature",
+            "sampling_parameters.temprature is not a sampling parameter; did you mean temperature.",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_field(values, field, sentence):
+    with pytest.raises(RequestError) as raised:
+        SamplingParams.parse(values)
+    assert str(raised.value) == sentence
+    assert raised.value.field == field
+
+
+def test_prompt_must_be_neither_empty_nor_too_long():
+    check_prompt([1] * 7, max_context=8)
+    with pytest.raises(RequestError) as raised:
+        check_prompt([], max_context=8)
+    assert str(raised.value) == (
+        "text_input is empty and the model needs at least one token to continue; send a prompt."
+    )
+    with pytest.raises(RequestError) as raised:
+        check_prompt([1] * 8, max_context=8)
+    assert str(raised.value) == (
+        "text_input has 8 tokens and must leave room for one more in the context of 8; "
+        "shorten the prompt to at most 7 tokens."
+    )
+    assert raised.value.field == "text_input"
+
+
+def test_stop_token_ids_must_be_in_the_vocabulary():
+    check_token_ids(SamplingParams(stop_token_ids=(9,)), vocab_size=10)
+    with pytest.raises(RequestError, match="must be below the vocabulary size 10"):
+        check_token_ids(SamplingParams(stop_token_ids=(3, 10)), vocab_size=10)

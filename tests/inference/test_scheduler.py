@@ -1,0 +1,226 @@
+"""The inference scheduler against hand-made steps, and under random traffic."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualray.inference.plan import Owner, Sampled, StepPlan
+from dualray.inference.request import FinishReason, QueueFullError, Request, SamplingParams
+from dualray.inference.scheduler import Limits, Scheduler, owners
+
+ONE = (Owner(0, 0, 0),)
+EOS = 0
+
+
+def make(owner_list=ONE, **limits) -> Scheduler:
+    values = {"num_blocks": 8, "block_size": 4, "max_batch": 4, "max_context": 16}
+    return Scheduler(owners=owner_list, limits=Limits(**(values | limits)), eos_id=EOS)
+
+
+def request(name: str, prompt=(5, 6, 7), deadline=None, **params) -> Request:
+    return Request(
+        request_id=name,
+        prompt_ids=tuple(prompt),
+        params=SamplingParams(**params),
+        seed=1,
+        deadline=deadline,
+    )
+
+
+def answer(plan: StepPlan, token: int = 9) -> list[Sampled]:
+    return [
+        Sampled(request_id=s.request_id, token_id=token, logprob=-1.0, rank=1)
+        for sequences in plan.owners.values()
+        for s in sequences
+        if s.sample is not None
+    ]
+
+
+def ids_by_request(plan: StepPlan) -> dict[str, tuple[int, ...]]:
+    return {s.request_id: s.ids for sequences in plan.owners.values() for s in sequences}
+
+
+def test_requests_that_arrive_together_run_in_one_step():
+    scheduler = make()
+    scheduler.add(request("a", (1, 2)))
+    scheduler.add(request("b", (3,)))
+    plan = scheduler.plan()
+    assert ids_by_request(plan) == {"a": (1, 2), "b": (3,)}
+    scheduler.apply(answer(plan, token=8))
+    assert ids_by_request(scheduler.plan()) == {"a": (8,), "b": (8,)}
+
+
+def test_a_late_request_joins_the_next_step_beside_running_ones():
+    scheduler = make()
+    scheduler.add(request("a"))
+    scheduler.apply(answer(scheduler.plan()))
+    scheduler.add(request("b", (1, 2)))
+    plan = scheduler.plan()
+    assert ids_by_request(plan) == {"a": (9,), "b": (1, 2)}
+    (first, second) = plan.owners[ONE[0]]
+    assert (first.first_position, second.first_position) == (3, 0)
+    assert set(first.block_table).isdisjoint(second.block_table)
+
+
+def test_a_request_keeps_its_owner_and_new_ones_go_to_the_least_loaded():
+    scheduler = make(owners(1, 2, 2))
+    for name in "abcd":
+        scheduler.add(request(name, max_tokens=5))
+    plan = scheduler.plan()
+    placed = {o: [s.request_id for s in q] for o, q in plan.owners.items()}
+    assert sorted(placed.values()) == [["a"], ["b"], ["c"], ["d"]]
+    scheduler.apply(answer(plan))
+    again = {o: [s.request_id for s in q] for o, q in scheduler.plan().owners.items()}
+    assert again == placed
+    assert plan.directions(0) == (0, 1)
+    assert plan.directions(1) == ()
+
+
+def test_it_ends_at_max_tokens_and_frees_its_blocks():
+    scheduler = make()
+    scheduler.add(request("a", max_tokens=2))
+    first = scheduler.apply(answer(scheduler.plan()))
+    assert first[0].finish is None
+    assert scheduler.free_blocks()[ONE[0]] < 8
+    last = scheduler.apply(answer(scheduler.plan()))
+    assert last[0].finish is FinishReason.LENGTH
+    assert scheduler.free_blocks()[ONE[0]] == 8
+    assert scheduler.plan() is None
+
+
+def test_it_ends_where_the_context_ends():
+    scheduler = make(max_context=5)
+    scheduler.add(request("a", (1, 2, 3), max_tokens=100))
+    scheduler.apply(answer(scheduler.plan()))
+    assert scheduler.apply(answer(scheduler.plan()))[0].finish is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("params", [{}, {"stop_token_ids": (9,)}])
+def test_it_ends_at_a_stop_token(params):
+    scheduler = make()
+    scheduler.add(request("a", **params))
+    token = 9 if params else EOS
+    (progress,) = scheduler.apply(answer(scheduler.plan(), token=token))
+    assert progress.finish is FinishReason.STOP
+    assert progress.stop_token
+
+
+def test_ignore_eos_goes_on():
+    scheduler = make()
+    scheduler.add(request("a", ignore_eos=True))
+    assert scheduler.apply(answer(scheduler.plan(), token=EOS))[0].finish is None
+
+
+def test_stop_tokens_are_banned_until_min_tokens():
+    scheduler = make()
+    scheduler.add(request("a", min_tokens=1, stop_token_ids=(4,)))
+    plan = scheduler.plan()
+    assert set(plan.owners[ONE[0]][0].sample.banned_ids) == {EOS, 4}
+    scheduler.apply(answer(plan))
+    assert scheduler.plan().owners[ONE[0]][0].sample.banned_ids == ()
+
+
+def test_cancelling_frees_blocks_at_once_and_drops_what_is_in_flight():
+    scheduler = make()
+    scheduler.add(request("a"))
+    plan = scheduler.plan()
+    assert scheduler.remove("a")
+    assert scheduler.free_blocks()[ONE[0]] == 8
+    assert scheduler.apply(answer(plan)) == []
+    assert not scheduler.remove("a")
+
+
+def test_cancelling_a_waiting_request_takes_it_from_the_queue():
+    scheduler = make(max_batch=1)
+    scheduler.add(request("a"))
+    scheduler.add(request("b"))
+    scheduler.plan()
+    assert scheduler.num_waiting == 1
+    assert scheduler.remove("b")
+    assert scheduler.num_waiting == 0
+
+
+def test_a_deadline_removes_running_and_waiting_requests():
+    scheduler = make(max_batch=1)
+    scheduler.add(request("a", deadline=10.0))
+    scheduler.add(request("b", deadline=11.0))
+    scheduler.plan()
+    assert scheduler.expire(9.9) == []
+    assert set(scheduler.expire(11.0)) == {"a", "b"}
+    assert scheduler.free_blocks()[ONE[0]] == 8
+    assert scheduler.plan() is None
+
+
+def test_requests_wait_for_blocks_in_order():
+    # Each needs 4 of 8 blocks; the third waits although a short one behind it would fit.
+    scheduler = make(num_blocks=9)
+    for name in "abc":
+        scheduler.add(request(name, max_tokens=13))
+    scheduler.add(request("d", (1,), max_tokens=1))
+    plan = scheduler.plan()
+    assert set(ids_by_request(plan)) == {"a", "b"}
+    scheduler.remove("a")
+    assert set(ids_by_request(scheduler.plan())) == {"c", "d"}
+
+
+def test_the_queue_has_a_limit():
+    scheduler = make(max_waiting=1)
+    scheduler.add(request("a"))
+    with pytest.raises(QueueFullError) as raised:
+        scheduler.add(request("b"))
+    assert str(raised.value) == ("1 requests wait and serve.max_waiting is 1; try again later.")
+
+
+def test_a_long_prompt_runs_in_parts_and_does_not_stall_running_ones():
+    scheduler = make(max_step_tokens=4, max_batch=2)
+    scheduler.add(request("a", (1, 2)))
+    scheduler.apply(answer(scheduler.plan()))
+    scheduler.add(request("b", range(1, 8)))
+    plan = scheduler.plan()
+    assert ids_by_request(plan) == {"a": (9,), "b": (1, 2, 3)}
+    assert plan.owners[ONE[0]][1].sample is None
+    scheduler.apply(answer(plan))
+    plan = scheduler.plan()
+    assert ids_by_request(plan) == {"a": (9,), "b": (4, 5, 6)}
+    scheduler.apply(answer(plan))
+    plan = scheduler.plan()
+    assert ids_by_request(plan)["b"] == (7,)
+    assert plan.owners[ONE[0]][1].sample.position == 7
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["add", "step", "step", "cancel"]),
+            st.integers(1, 12),
+            st.integers(1, 9),
+        ),
+        max_size=40,
+    )
+)
+def test_blocks_are_never_shared_or_lost(events):
+    scheduler = make(owners(1, 1, 2), max_batch=3, max_step_tokens=5)
+    names = iter(range(1000))
+    alive = []
+    for kind, first, second in events:
+        if kind == "add":
+            alive.append(str(next(names)))
+            scheduler.add(request(alive[-1], [3] * first, max_tokens=second))
+        elif kind == "cancel" and alive:
+            scheduler.remove(alive.pop(first % len(alive)))
+        else:
+            plan = scheduler.plan()
+            if plan is None:
+                continue
+            for sequences in plan.owners.values():
+                blocks = [b for s in sequences for b in s.block_table]
+                assert len(blocks) == len(set(blocks))
+                assert sum(len(s.ids) for s in sequences) <= 5
+                for s in sequences:
+                    assert len(s.block_table) * 4 >= s.first_position + len(s.ids)
+            scheduler.apply(answer(plan))
+    while (plan := scheduler.plan()) is not None:
+        scheduler.apply(answer(plan))
+    assert scheduler.num_running == scheduler.num_waiting == 0
+    assert set(scheduler.free_blocks().values()) == {8}
