@@ -40,38 +40,42 @@ def loss_figure(steps: Sequence[StepMetrics]) -> str:
         _noisy(axes, xs, [step.loss for step in steps], BLUE, "training")
         heldout = [(s.step, s.heldout_loss) for s in steps if s.heldout_loss is not None]
         if heldout:
-            axes.plot(*zip(*heldout), "o-", color=GREEN, markersize=4, label="held-out")
+            axes.plot(
+                *zip(*heldout), "o-", color=GREEN, markersize=4, label="held-out", clip_on=False
+            )
         axes.set_ylabel("nats per token")
-        step_axis(axes, xs[-1], min(xs[0], 1))
-        axes.legend(loc="upper right", ncols=2)
+        step_axis(axes, xs)
+        # Drawn last to lie on top, but named first.
+        handles, labels = axes.get_legend_handles_labels()
+        order = sorted(range(len(labels)), key=lambda index: labels[index].startswith("multi"))
+        axes.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper right")
         return to_svg(figure, "loss", "Loss over the steps")
 
 
 def bits_per_byte_figure(steps: Sequence[StepMetrics], yardsticks: Yardsticks | None) -> str:
     """Held-out bits per byte against what compressors and n-gram models reach."""
-    points = [
-        (s.step, s.heldout_bits_per_byte) for s in steps if s.heldout_bits_per_byte is not None
-    ]
+    points = heldout_points(steps)
     with canvas(3.6) as figure:
         axes = figure.add_subplot()
         axes.plot(*zip(*points), "o-", color=GREEN, markersize=4)
+        axes.plot(*points[-1], "o", color=GREEN, markersize=4, clip_on=False)
         best = min(value for _, value in points)
         axes.annotate(
             f"this model {points[-1][1]:.3f}",
             points[-1],
             xytext=(0, -14),
             textcoords="offset points",
-            ha="right",
+            ha="right" if len(points) > 1 else "center",
             color=GREEN,
             fontweight="bold",
         )
         lines = {} if yardsticks is None else _lines(yardsticks)
         low = min([best, *lines.values()])
         # The first evaluations are far above everything; the interesting part is the rest.
-        high = max([*lines.values(), min(points[0][1], 2.0 * low)])
+        high = max([*lines.values(), min(max(value for _, value in points), 2.0 * low)])
         room = 0.10 * (high - low) or 0.1
         axes.set_ylim(low - 1.6 * room, high + room)
-        step_axis(axes, steps[-1].step, min(steps[0].step, 1))
+        step_axis(axes, [step.step for step in steps])
         heights = _apart(list(lines.values()), 0.055 * (high - low + 2.6 * room))
         for (title, value), height in zip(lines.items(), heights):
             axes.axhline(value, color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)))
@@ -89,6 +93,12 @@ def bits_per_byte_figure(steps: Sequence[StepMetrics], yardsticks: Yardsticks | 
         return to_svg(figure, "bits", "Held-out bits per byte over the steps")
 
 
+def heldout_points(steps: Sequence[StepMetrics]) -> list[tuple[int, float]]:
+    """(step, bits per byte) of every evaluation whose result is finite."""
+    evaluated = [(step.step, step.heldout_bits_per_byte) for step in steps]
+    return [(at, value) for at, value in evaluated if value is not None and np.isfinite(value)]
+
+
 def optimizer_figure(steps: Sequence[StepMetrics]) -> str:
     """Learning rate and gradient norm."""
     xs = [step.step for step in steps]
@@ -102,7 +112,7 @@ def optimizer_figure(steps: Sequence[StepMetrics]) -> str:
         right.set_title("gradient norm before clipping")
         _clip_spikes(right, [step.grad_norm for step in steps])
         for axes in (left, right):
-            step_axis(axes, xs[-1], min(xs[0], 1))
+            step_axis(axes, xs)
         return to_svg(figure, "optimizer", "Learning rate and gradient norm over the steps")
 
 
@@ -120,11 +130,12 @@ def speed_figure(steps: Sequence[StepMetrics], checkpoints: Sequence[CheckpointS
         right.set_ylim(0, max(0.1, 1.15 * max(step.bubble for step in steps)))
         right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         for axes in (left, right):
-            step_axis(axes, xs[-1], min(xs[0], 1))
+            step_axis(axes, xs)
         if checkpoints:
             marks = [saved.step for saved in checkpoints]
             transform = left.get_xaxis_transform()
-            left.plot(marks, [0.02] * len(marks), "^", color=INK, markersize=6, transform=transform)
+            heights = [0.02] * len(marks)
+            left.plot(marks, heights, "^", color=INK, transform=transform, clip_on=False)
         return to_svg(figure, "speed", "Throughput and pipeline bubble over the steps")
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.colors import ListedColormap, Normalize
-from matplotlib.ticker import MaxNLocator
 
 from dualray.platform.metrics import StepMetrics
 from dualray.platform.report.style import (
@@ -17,6 +16,7 @@ from dualray.platform.report.style import (
     canvas,
     smooth,
     step_axis,
+    step_locator,
     thin,
     to_svg,
 )
@@ -79,7 +79,7 @@ def loads_figure(steps: Sequence[StepMetrics]) -> str:
         for panel in panels.flat[len(layers) - columns : len(layers)]:
             panel.set_xlabel("step")
             panel.tick_params(labelbottom=True)
-            panel.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+            panel.xaxis.set_major_locator(step_locator())
         if image is not None:
             bar = figure.colorbar(image, ax=panels, shrink=0.9 if rows < 3 else 0.5, pad=0.02)
             bar.set_ticks([0.0, 1.0, 2.0], labels=["idle", "mean", "2x or more"])
@@ -105,7 +105,7 @@ def max_vio_figure(steps: Sequence[StepMetrics]) -> str:
         axes.set_ylim(bottom=-0.02 * max(1.0, float(np.nanmax(worst))))
         axes.set_ylabel("MaxVio")
         axes.legend(loc="upper right", ncols=3)
-        step_axis(axes, xs[-1], min(xs[0], 1))
+        step_axis(axes, xs)
         return to_svg(figure, "maxvio", "MaxVio over the steps")
 
 

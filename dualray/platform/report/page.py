@@ -9,14 +9,14 @@ from html import escape
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
-from statistics import median
 from string import Template
 
 from dualray import __version__
 from dualray.errors import RunError
 from dualray.platform.metrics import RunMetrics
-from dualray.platform.readable import count, duration, number
+from dualray.platform.readable import number
 from dualray.platform.report import curves, experts, timeline
+from dualray.platform.report.header import facts, tiles
 from dualray.platform.report.record import RunRecord, read_run
 
 
@@ -51,8 +51,8 @@ def render(run: RunRecord) -> str:
     sections = [text for text in _sections(run) if text]
     return Template(template.read_text(encoding="utf-8")).substitute(
         name=escape(run.name),
-        facts=_facts(run),
-        tiles=_tiles(run.metrics),
+        facts=facts(run),
+        tiles=tiles(run.metrics),
         sections="\n".join(sections),
         version=escape(__version__),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -85,102 +85,16 @@ def _sections(run: RunRecord) -> Iterator[str]:
         yield _section("Configuration", f"<pre>{escape(run.run_yaml.rstrip())}</pre>")
 
 
-def _facts(run: RunRecord) -> str:
-    """What the run was, as a list of term and description."""
-    facts: list[tuple[str, str]] = []
-    model = _model(run)
-    if model:
-        facts.append(("Model", model))
-    layout = run.layout
-    if layout is not None:
-        grid = f"{layout.pipeline} pipeline x {layout.experts} expert ranks"
-        if layout.replicas > 1:
-            grid += f" x {layout.replicas} replicas"
-        workers = "1 worker" if layout.world_size == 1 else f"{layout.world_size} workers"
-        facts.append(("Layout", f"{grid}, {layout.schedule}: {workers}"))
-    corpus = run.state.get("corpus") or run.section("data").get("path")
-    if corpus:
-        facts.append(("Corpus", str(corpus)))
-    steps = run.metrics.steps
-    if steps:
-        planned = run.section("train").get("steps")
-        done = f"{steps[-1].step:,}"
-        if isinstance(planned, int) and planned != steps[-1].step:
-            done += f" of {planned:,}"
-        facts.append(("Steps", f"{done} ({count(steps[-1].tokens)} tokens)"))
-        facts.append(("Duration", _duration(run.metrics)))
-    if run.state.get("state"):
-        facts.append(("State", str(run.state["state"])))
-    return "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in facts)
-
-
-def _model(run: RunRecord) -> str:
-    model = run.config.get("model")
-    if isinstance(model, str):
-        text = model
-    elif isinstance(model, dict):
-        named = {
-            "num_hidden_layers": "layers",
-            "hidden_size": "wide",
-            "n_routed_experts": "routed experts",
-        }
-        text = ", ".join(f"{model[key]} {word}" for key, word in named.items() if key in model)
-        preset = model.get("preset")
-        text = f"{preset} ({text})" if preset and text else str(preset or text)
-    else:
-        text = ""
-    total, active = (run.state.get(key) for key in ("num_parameters", "num_active_parameters"))
-    if isinstance(total, int):
-        size = f"{count(total)} parameters"
-        if isinstance(active, int) and active != total:
-            size += f", {count(active)} active per token"
-        text = f"{text}: {size}" if text else size
-    return text
-
-
-def _duration(metrics: RunMetrics) -> str:
-    training = sum(step.step_time_s for step in metrics.steps)
-    saving = sum(saved.seconds for saved in metrics.checkpoints)
-    text = f"{duration(training)} of steps"
-    return f"{text}, {duration(saving)} of checkpoints" if round(saving) else text
-
-
-def _tiles(metrics: RunMetrics) -> str:
-    """The handful of numbers that a reader looks for first."""
-    tiles: list[tuple[str, str, str]] = []
-    steps = metrics.steps
-    if steps:
-        tiles.append(("Training loss", number(steps[-1].loss, 4), "nats per token, last step"))
-        heldout = [s for s in steps if s.heldout_bits_per_byte is not None]
-        if heldout:
-            value = number(heldout[-1].heldout_bits_per_byte or 0.0, 3)
-            tiles.append(("Held-out", value, "bits per byte, last evaluation"))
-        tiles.append(
-            ("Throughput", count(median(s.tokens_per_s for s in steps)), "tokens/s, median step")
-        )
-        bubble = 100 * median(s.bubble for s in steps)
-        tiles.append(("Bubble", f"{bubble:.1f} %", "pipeline idle, median step"))
-        if steps[-1].max_vio is not None:
-            tiles.append(("MaxVio", number(steps[-1].max_vio, 2), "expert imbalance, last step"))
-    if metrics.switch is not None:
-        seconds = number(metrics.switch.seconds_to_first_token, 2)
-        tiles.append(("Train to serve", f"{seconds} s", "last step to first token"))
-    return "".join(
-        f'<div class="tile"><span>{title}</span><b>{escape(value)}</b><small>{what}</small></div>'
-        for title, value, what in tiles
-    )
-
-
 def _learning(metrics: RunMetrics) -> str:
     steps = metrics.steps
-    caption = "Cross-entropy per token; the pale line is each step, the strong one a running mean."
+    caption = "Cross-entropy per token; pale lines are single steps, strong ones running means."
     if any(step.mtp_loss for step in steps):
         caption += (
             " Multi-token prediction guesses one token further ahead at each depth, which is"
             " harder, so its loss lies above."
         )
     body = _figure(curves.loss_figure(steps), caption)
-    if any(step.heldout_bits_per_byte is not None for step in steps):
+    if curves.heldout_points(steps):
         caption = "How many bits the model needs for a byte of text that it never trained on."
         if metrics.yardsticks is not None:
             caption += (
@@ -220,12 +134,15 @@ def _pipeline(run: RunRecord) -> str:
     )
     bubble = trace.bubble()
     if bubble is not None:
-        caption += f" The workers computed nothing for {100 * bubble:.1f} % of the time drawn."
+        caption += (
+            " Between the first and the last computation the workers stood idle for "
+            f"{100 * bubble:.1f} % of the time."
+        )
     left_out = len(trace.spans) - len(timeline.shown_spans(trace))
     if left_out:
         caption += f" The last {left_out:,} spans are left out; trace.json holds them all."
     body = _figure(timeline.timeline_figure(trace, run.layout), caption)
-    body += "<p>The same trace opens in Perfetto: load <code>trace.json</code> there to zoom.</p>"
+    body += '<p class="aside">To zoom, open <code>trace.json</code> in Perfetto.</p>'
     return _section("Pipeline", body)
 
 
@@ -260,8 +177,7 @@ def _switch(run: RunRecord) -> str:
     assert switch is not None
     same = list(switch.workers_before) == list(switch.workers_after)
     verdict = (
-        "The processes that trained are the processes that serve: no weight was written or read "
-        "in between."
+        "The processes that trained are the processes that serve."
         if same
         else "The workers were replaced between training and serving."
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 WIDTH_IN = 10.0
 """Width of every figure; the page scales it to the column."""
@@ -87,7 +88,7 @@ _SETTINGS: dict[str, Any] = {
 
 
 @contextmanager
-def canvas(height_in: float) -> Iterator[Figure]:
+def canvas(height_in: float) -> Generator[Figure]:
     """A figure of the report; draw on it inside the block, then pass it to `to_svg`."""
     # The axes read the settings when they are made and again when they are drawn.
     with mpl.rc_context(_SETTINGS):
@@ -117,10 +118,16 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     return re.sub(r"\n\s*", "\n", text)
 
 
-def step_axis(axes: Axes, last_step: int, first_step: int = 0) -> None:
-    """Steps along x, with whole numbers and a little room."""
-    axes.set_xlim(first_step, max(last_step, first_step + 1))
-    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+def step_locator() -> MaxNLocator:
+    """Ticks at round, whole steps."""
+    return MaxNLocator(8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+
+
+def step_axis(axes: Axes, steps: Sequence[int]) -> None:
+    """Steps along x at whole numbers; a lone step stands in the middle."""
+    first, last = steps[0], steps[-1]
+    axes.set_xlim((first, last) if last > first else (first - 1, first + 1))
+    axes.xaxis.set_major_locator(step_locator())
     axes.set_xlabel("step")
 
 
