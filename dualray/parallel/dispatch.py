@@ -1,0 +1,96 @@
+"""Expert dispatch over the expert ranks of a stage: all-to-all there and back.
+
+T tokens, K choices, N = T*K rows here, M rows received, R expert ranks, s slots per rank.
+Counts travel first as one int64 all-to-all, then the rows with uneven splits; a rank
+without tokens still takes part. Rows arrive ordered by (source rank, slot, token) and are
+sorted by slot, so that within a slot they keep the order (source rank, token).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dualray.kernels.permute import permute, replicate, sort_by_key
+from dualray.model.context import Dispatched, Routing
+from dualray.model.moe import weigh
+from dualray.parallel.groups import Group
+from dualray.parallel.placement import ExpertPlacement
+
+
+def _exchange(rows: Tensor, receive: list[int], send: list[int], group: Group) -> Tensor:
+    out = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
+    return out
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: Group
+    ) -> Tensor:
+        ctx.receive, ctx.send, ctx.group = receive, send, group
+        return _exchange(rows, receive, send, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(dy, ctx.send, ctx.receive, ctx.group), None, None, None
+
+
+@dataclass(kw_only=True)
+class _WayBack:
+    order_N: Tensor
+    inverse_N: Tensor
+    order_M: Tensor
+    inverse_M: Tensor
+    send: list[int]
+    receive: list[int]
+    gates_TK: Tensor
+
+
+class AllToAllDispatch:
+    """`ExpertDispatch` over a process group. Its twin is `LocalDispatch`."""
+
+    def __init__(self, placement: ExpertPlacement, group: Group) -> None:
+        self._placement = placement
+        self._group = group
+        self._physical_E = torch.tensor(placement.physical_slots())
+
+    def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> Dispatched:
+        ranks, slots = self._placement.num_ranks, self._placement.slots_per_rank
+        physical_E = self._physical_E.to(x_TD.device)
+        key_N = physical_E[routing.experts_TK].flatten()
+        order_N, inverse_N, counts = sort_by_key(key_N, ranks * slots)
+        received = torch.empty_like(counts)
+        dist.all_to_all_single(received, counts, group=self._group)
+        send = counts.view(ranks, slots).sum(1).tolist()
+        receive = received.view(ranks, slots).sum(1).tolist()
+        rows_MD = _AllToAll.apply(replicate(x_TD, order_N, inverse_N), receive, send, self._group)
+        slot_of_run = torch.arange(slots, device=x_TD.device).repeat(ranks)
+        slot_M = torch.repeat_interleave(slot_of_run, received, output_size=sum(receive))
+        order_M, inverse_M, per_slot = sort_by_key(slot_M, slots)
+        return Dispatched(
+            rows_ND=permute(rows_MD, order_M, inverse_M),
+            offsets=per_slot.cumsum(0).to(torch.int32),
+            state=_WayBack(
+                order_N=order_N,
+                inverse_N=inverse_N,
+                order_M=order_M,
+                inverse_M=inverse_M,
+                send=send,
+                receive=receive,
+                gates_TK=routing.gates_TK,
+            ),
+        )
+
+    def combine(self, y_ND: Tensor, dispatched: Dispatched) -> Tensor:
+        way: _WayBack = dispatched.state
+        arrived = permute(y_ND, way.inverse_M, way.order_M)
+        rows_ND = _AllToAll.apply(arrived, way.send, way.receive, self._group)
+        return weigh(permute(rows_ND, way.inverse_N, way.order_N), way.gates_TK)

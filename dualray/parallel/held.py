@@ -1,0 +1,122 @@
+"""What one worker holds: its stages, and which of their tensors are shared with whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dualray.errors import ConfigError
+from dualray.model.config import ModelConfig
+from dualray.model.init import LogicalSlice, initialise, logical_slices, seed_for, stage_tensors
+from dualray.model.linear import Embedding
+from dualray.model.moe import Experts
+from dualray.model.router import Router
+from dualray.model.stage import Stage
+from dualray.parallel.layout import Coordinate
+from dualray.parallel.placement import ExpertPlacement
+from dualray.schedule.actions import Schedule
+
+EMBEDDING = "embed_tokens.weight"
+
+
+def split_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Contiguous, nearly equal layer ranges; earlier stages take what is left over.
+
+    The last stage also has the head and the MTP modules, so it gets no extra layer.
+    Raises ConfigError if there are more stages than layers.
+    """
+    if num_stages > num_layers:
+        raise ConfigError(
+            f"model.num_hidden_layers {num_layers} is fewer than the {num_stages} stages of "
+            f"layout.pipeline {num_stages}, and every stage needs a layer",
+            hint=f"set layout.pipeline to {num_layers} or less",
+        )
+    share, extra = divmod(num_layers, num_stages)
+    ranges, start = [], 0
+    for stage in range(num_stages):
+        stop = start + share + (stage < extra)
+        ranges.append(range(start, stop))
+        start = stop
+    return ranges
+
+
+class HeldStages:
+    """The stages of one worker, built and initialised.
+
+    Names of parameters (`layers.3.mlp.gate.weight`) are unique over the model, so the
+    worker's stages share one namespace. `embedding_copy` is set where the last stage needs
+    the embedding and stage 0 is on another worker.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        schedule: Schedule,
+        at: Coordinate,
+        placement: ExpertPlacement,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        ranges = split_layers(config.num_hidden_layers, schedule.num_stages)
+        self.config = config
+        self.stages: dict[int, Stage] = {}
+        for index in sorted(set(schedule.stage_of[at.pipeline])):
+            stage = Stage(config, ranges[index], expert_ids=lambda _: placement.held[at.expert])
+            initialise(stage, seed)
+            self.stages[index] = stage.to(device=device, dtype=dtype)
+            for router in _routers(stage):
+                # Biases move by gamma = 0.001: bf16 would swallow the steps.
+                bias = router.e_score_correction_bias
+                router.e_score_correction_bias = bias.to(torch.promote_types(dtype, torch.float32))
+        self.embedding_copy: Embedding | None = None
+        last = self.stages.get(schedule.num_stages - 1)
+        if last is not None and last.needs_embedding and not last.is_first:
+            last.borrow_embedding(self._embedding_for_last(seed, dtype, device))
+
+    def _embedding_for_last(self, seed: int, dtype: torch.dtype, device: torch.device) -> Embedding:
+        if 0 in self.stages:
+            return self.stages[0].embed_tokens
+        copy = Embedding(self.config.vocab_size, self.config.hidden_size)
+        generator = torch.Generator().manual_seed(seed_for(seed, f"model.{EMBEDDING}"))
+        with torch.no_grad():
+            copy.weight.normal_(0.0, self.config.initializer_range, generator=generator)
+        self.embedding_copy = copy.to(device=device, dtype=dtype)
+        return self.embedding_copy
+
+    def routers(self) -> Iterator[Router]:
+        for stage in self.stages.values():
+            yield from _routers(stage)
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters replicated over the expert ranks, without any embedding that is apart."""
+        experts = self.expert_parameters()
+        return {n: p for n, p in self._parameters().items() if n not in experts}
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """The routed experts' stacked weights."""
+        return {
+            f"{module_name}.{name}": parameter
+            for stage in self.stages.values()
+            for module_name, module in stage.named_modules()
+            if isinstance(module, Experts)
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {n: p for stage in self.stages.values() for n, p in stage.named_parameters()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by name, the embedding's copy excluded."""
+        return {n: t for stage in self.stages.values() for n, t in stage_tensors(stage).items()}
+
+    def slices(self) -> dict[str, list[LogicalSlice]]:
+        """The logical tensors in each of `tensors()`."""
+        return {n: s for stage in self.stages.values() for n, s in logical_slices(stage).items()}
+
+
+def _routers(stage: Stage) -> Iterator[Router]:
+    return (module for module in stage.modules() if isinstance(module, Router))
