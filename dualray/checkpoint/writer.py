@@ -104,6 +104,7 @@ def begin(checkpoints_dir: Path, step: int) -> Path:
     path = checkpoints_dir / f".tmp-step-{step}-{uuid.uuid4().hex[:8]}"
     with _writing(path):
         path.mkdir(parents=True)
+        _fsync_dir(checkpoints_dir.parent)  # the first checkpoint's folder is new itself
     return path
 
 

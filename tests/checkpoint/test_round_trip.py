@@ -35,6 +35,19 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def check_shard(path: Path, limit_bytes: int) -> None:
+    """Bounded, without holes, and every element aligned to its own size."""
+    raw = path.read_bytes()
+    base = 8 + int.from_bytes(raw[:8], "little")
+    end = 0
+    for entry in json.loads(raw[8:base]).values():
+        assert entry["data_offsets"][0] == end
+        assert (base + end) % DTYPES[entry["dtype"]].itemsize == 0
+        end = entry["data_offsets"][1]
+    assert base + end == len(raw)
+    assert end <= limit_bytes
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_random_splits_round_trip(data: st.DataObject) -> None:
@@ -61,6 +74,8 @@ def test_random_splits_round_trip(data: st.DataObject) -> None:
         ]
         commit(temporary, step_dir(checkpoints, 3), files, {"step": 3})
         verify(step_dir(checkpoints, 3))
+        for path in step_dir(checkpoints, 3).glob("*.safetensors"):
+            check_shard(path, limit_bytes)
         reader = Reader(step_dir(checkpoints, 3))
         assert sorted(reader.names()) == sorted(values)
         for name, value in values.items():

@@ -118,7 +118,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_prune_deletes_only_older_committed_ones_and_stale_folders(tmp_path: Path, save) -> None:
-    stale, current = begin(tmp_path, 4), begin(tmp_path, 6)
+    stale, current = begin(tmp_path, 4), begin(tmp_path, 5)
     for step in range(1, 6):
         save(tmp_path, step)
     (tmp_path / "step-2" / COMMIT).unlink()  # evidence of damage is for people to look at
