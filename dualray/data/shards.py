@@ -23,9 +23,10 @@ import pyarrow as pa
 import xxhash
 import zstandard
 
+from dualray.data.documents import read_pieces
 from dualray.data.manifest import MANIFEST_FILE, DataManifest, Shard, Split
 from dualray.data.segments import Segment, cut, segment_size
-from dualray.data.sources import SourceFile, list_files, read_pieces
+from dualray.data.sources import SourceFile, list_files
 from dualray.data.tokenizer import Tokenizer, load_tokenizer, parse_bpe, train_bpe
 from dualray.errors import DataError
 
@@ -98,22 +99,13 @@ class _Corpus:
 
 def _measure(sources: tuple[str, ...], files: list[SourceFile], heldout: float) -> _Corpus:
     total = sum(len(piece.data) for file in files for piece in read_pieces(file))
-    size = segment_size(total, heldout)
-    corpus = _Corpus(
+    return _Corpus(
         sources=sources,
         files=tuple(files),
         total_bytes=total,
-        segment_bytes=size,
+        segment_bytes=segment_size(total, heldout),
         heldout=heldout,
     )
-    least = int(2 * size / heldout)
-    if total < least and not any(segment.heldout for segment in corpus.segments()):
-        raise DataError(
-            f"the sources hold {total} bytes of text and a held-out part of {heldout:g} "
-            f"needs {least}",
-            hint="give more text",
-        )
-    return corpus
 
 
 def _training_text(corpus: _Corpus, progress: Progress) -> Iterator[str]:

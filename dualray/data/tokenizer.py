@@ -47,7 +47,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
-    def token_bytes(self, token: int) -> bytes: ...
     def save(self, folder: Path | str) -> None: ...
 
 
@@ -67,10 +66,6 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id stands for; nothing for end of document."""
-        return bytes([token]) if token < 256 else b""
 
     def save(self, folder: Path | str) -> None:
         (Path(folder) / "tokenizer.json").write_bytes(_BYTES_JSON)
@@ -93,10 +88,6 @@ class JsonTokenizer:
         # Not len(ids): published vocabularies have holes.
         self.vocab_size = max(ids.values()) + 1
         self.eos_id = ids[eos_token]
-        self._special = {
-            i for i, added in self._inner.get_added_tokens_decoder().items() if added.special
-        }
-        self._byte_of = {char: byte for byte, char in _byte_alphabet().items()}
 
     def encode(self, text: str) -> list[int]:
         return self._inner.encode(text, add_special_tokens=False).ids
@@ -107,15 +98,6 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._inner.decode(list(ids), skip_special_tokens=True)
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id of a byte-level vocabulary stands for; nothing for special ids."""
-        name = self._inner.id_to_token(token)
-        if name is None or token in self._special:
-            return b""
-        if all(char in self._byte_of for char in name):
-            return bytes(self._byte_of[char] for char in name)
-        return name.encode()
 
     def save(self, folder: Path | str) -> None:
         """Writes tokenizer.json byte for byte, and the name of the end token beside it."""
@@ -214,10 +196,3 @@ def require_same_tokenizer(found: str, wanted: str, *, who: str) -> None:
             f"{wanted[:12]}",
             hint=f"build the shards with the tokenizer.json of {who}",
         )
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, which byte-level vocabularies are written in."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
