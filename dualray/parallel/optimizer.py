@@ -1,0 +1,349 @@
+"""The optimizer interface, and plain AdamW: the twin that ZeRO-1 is tested against.
+
+Gradients are sums and live in `param.main_grad` (fp32, or float64 for float64 parameters);
+`param.grad` stays None outside `step`. A train step calls reduce, squared_norm, scale and
+step, in this order; clipping stays outside because its norm spans the whole world.
+
+Parameters below fp32 get an fp32 master, which is what AdamW moves; the parameter is its
+rounding. Others are their own master.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from dualray.errors import ConfigError
+
+BUCKET_NUMEL = 2**25
+"""Elements reduced in one collective: 128 MiB of fp32 staging."""
+
+STATE_KINDS = ("exp_avg", "exp_avg_sq")
+
+Piece = tuple[str, str, int, Tensor]
+"""(parameter name, kind, start, 1-D values): kind is exp_avg, exp_avg_sq or master."""
+
+Read = Callable[[str, str, int, int], Tensor]
+"""read(parameter name, kind, start, count) gives the 1-D values of that flat range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Which optimizer, and AdamW's constants (arXiv 2412.19437, 4.2)."""
+
+    kind: str = "zero1"
+    """`zero1` (DeepSpeed, states cut over the ranks that share a parameter) or `adamw`."""
+    beta1: float = 0.9
+    """Decay of the first moment, 0 to below 1."""
+    beta2: float = 0.95
+    """Decay of the second moment, 0 to below 1."""
+    eps: float = 1e-8
+    """Added to the square root of the second moment; above 0."""
+    weight_decay: float = 0.1
+    """Decoupled decay, times the learning rate; never on 1-D parameters. At least 0."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("zero1", "adamw"):
+            raise ConfigError(
+                f"train.optimizer is {self.kind} and must be zero1 or adamw",
+                hint="set train.optimizer to zero1",
+            )
+        for name, default in (("beta1", 0.9), ("beta2", 0.95)):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"train.{name} is {getattr(self, name)} and must be at least 0 and below 1",
+                    hint=f"set train.{name} to {default}",
+                )
+        if not 0 < self.eps < float("inf"):
+            raise ConfigError(
+                f"train.eps is {self.eps} and must be above 0", hint="set train.eps to 1e-8"
+            )
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ConfigError(
+                f"train.weight_decay is {self.weight_decay} and must be at least 0",
+                hint="set train.weight_decay to 0.1",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ParamGroup:
+    """Parameters that the same ranks hold copies of.
+
+    Every rank of `group_ranks` builds the group with the same names in the same order, and
+    lists its groups in an order that agrees with its peers', since each group reduces in turn.
+    """
+
+    params: Sequence[tuple[str, Parameter]]
+    """(name, parameter); names are unique over all groups of the worker."""
+    process_group: dist.ProcessGroup | None
+    """Over `group_ranks`; None if this rank is the only holder."""
+    group_ranks: tuple[int, ...]
+    """World ranks of the holders, ascending."""
+    kind: str = "dense"
+    """`dense` or `expert`, for reports."""
+    weight_decay: float | None = None
+    """Overrides the configured decay; None keeps it."""
+    count: bool = True
+    """False if another group owns these logical parameters: not counted in the norm, not saved.
+    All ranks of the group agree on it."""
+
+    def __post_init__(self) -> None:
+        size = 1 if self.process_group is None else self.process_group.size()
+        assert size == len(self.group_ranks), (size, self.group_ranks)
+
+    @property
+    def position(self) -> int:
+        """This rank's place among the holders."""
+        return 0 if self.process_group is None else self.process_group.rank()
+
+    @property
+    def size(self) -> int:
+        return len(self.group_ranks)
+
+
+class Optimizer(Protocol):
+    """What a train step and a checkpoint ask of an optimizer."""
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps taken, which AdamW's bias correction follows."""
+        ...
+
+    def reduce(self) -> None:
+        """Sums main gradients over each group's ranks. A collective on every group."""
+        ...
+
+    def squared_norm(self) -> Tensor:
+        """float64 scalar: this rank's share of the squared norm of the reduced gradients.
+
+        Summed over the world it counts each logical parameter once. Valid after `reduce`.
+        """
+        ...
+
+    def scale(self, factor: float) -> None:
+        """Multiplies the reduced gradients, for clipping."""
+        ...
+
+    def step(self, lr: float) -> None:
+        """One AdamW step; parameters are equal on all holders after it, main_grad is zero."""
+        ...
+
+    def state_pieces(self) -> Iterator[Piece]:
+        """Flat ranges of state that this rank owns; over the world each element comes once."""
+        ...
+
+    def load_state(self, read: Read, *, step_count: int) -> None:
+        """Takes the state back, at any layout. The parameters must hold their values already:
+        masters of fp32 and float64 parameters are taken from them and not read."""
+        ...
+
+    def refresh_masters(self) -> None:
+        """Makes masters follow parameters that somebody else wrote (a warm start)."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the parameters and process groups, before a rebuild."""
+        ...
+
+
+def make_optimizer(groups: Sequence[ParamGroup], config: OptimizerConfig) -> Optimizer:
+    """Builds `config.kind` over this rank's groups.
+
+    zero1 moves each parameter's storage into a flat buffer, so take views of parameters
+    afterwards. Raises ConfigError for zero1 on float64 parameters, which it has no masters for.
+    """
+    groups = [group for group in groups if group.params]
+    if config.kind == "adamw":
+        return AdamW(groups, config)
+    if any(param.dtype == torch.float64 for group in groups for _, param in group.params):
+        raise ConfigError(
+            "train.optimizer is zero1 and train.dtype is float64, but zero1 keeps fp32 masters",
+            hint="set train.optimizer to adamw",
+        )
+    from dualray.parallel.zero import Zero1
+
+    return Zero1(groups, config)
+
+
+def decay_of(group: ParamGroup, param: Parameter, config: OptimizerConfig) -> float:
+    """Weight decay of one parameter: none for norms and biases, which are 1-D."""
+    if param.dim() < 2:
+        return 0.0
+    return config.weight_decay if group.weight_decay is None else group.weight_decay
+
+
+def new_adamw(
+    by_decay: Mapping[float, Sequence[Tensor]], config: OptimizerConfig
+) -> torch.optim.AdamW:
+    """torch's fused AdamW over the tensors of each weight decay; `lr` is set at each step."""
+    return torch.optim.AdamW(
+        [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()],
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def init_state(adamw: torch.optim.AdamW, param: Tensor) -> None:
+    """Zero moments, laid out as torch's fused AdamW would at its first step.
+
+    Made at once, so that state can be saved and loaded before any step.
+    """
+    adamw.state[param] = {
+        "step": torch.zeros((), dtype=torch.float32, device=param.device),
+        **{kind: torch.zeros_like(param, requires_grad=False) for kind in STATE_KINDS},
+    }
+
+
+class AdamW:
+    """All-reduced gradients and full state on every rank."""
+
+    def __init__(self, groups: Sequence[ParamGroup], config: OptimizerConfig) -> None:
+        self._groups = tuple(groups)
+        self.step_count = 0
+        self._masters: dict[str, Tensor] = {}
+        by_decay: dict[float, list[Tensor]] = {}
+        for group in self._groups:
+            for name, param in group.params:
+                assert name not in self._masters, name
+                # Same storage when no rounding lies between the two.
+                master = param.detach() if _own_master(param) else param.detach().float()
+                self._masters[name] = master
+                by_decay.setdefault(decay_of(group, param, config), []).append(master)
+        self._adamw = new_adamw(by_decay, config)
+        for master in self._masters.values():
+            init_state(self._adamw, master)
+
+    def reduce(self) -> None:
+        for group in self._groups:
+            if group.process_group is not None:
+                for grads in _buckets([main_grad(param) for _, param in group.params]):
+                    _all_reduce(grads, group.process_group)
+
+    def squared_norm(self) -> Tensor:
+        counted = [
+            main_grad(param)
+            for group in self._groups
+            if group.count and group.position == 0
+            for _, param in group.params
+        ]
+        return sum_of_squares(counted, self._device)
+
+    def scale(self, factor: float) -> None:
+        for grads in self._grads_by_dtype():
+            torch._foreach_mul_(grads, factor)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for param_group in self._adamw.param_groups:
+            param_group["lr"] = lr
+        for name, param in self._params():
+            self._masters[name].grad = main_grad(param)
+        self._adamw.step()
+        for name, param in self._params():
+            self._masters[name].grad = None
+            if not _own_master(param):
+                param.copy_(self._masters[name])
+        for grads in self._grads_by_dtype():
+            torch._foreach_zero_(grads)
+        self.step_count += 1
+
+    def state_pieces(self) -> Iterator[Piece]:
+        for group in self._groups:
+            if not group.count:
+                continue
+            for name, param in group.params:
+                # All holders have it all; cutting it evenly spreads the writing.
+                start = param.numel() * group.position // group.size
+                end = param.numel() * (group.position + 1) // group.size
+                if start == end:
+                    continue
+                state = self._adamw.state[self._masters[name]]
+                for kind in STATE_KINDS:
+                    yield name, kind, start, state[kind].view(-1)[start:end]
+                if not _own_master(param):
+                    yield name, "master", start, self._masters[name].view(-1)[start:end]
+
+    @torch.no_grad()
+    def load_state(self, read: Read, *, step_count: int) -> None:
+        self.step_count = step_count
+        for name, param in self._params():
+            master = self._masters[name]
+            state = self._adamw.state[master]
+            state["step"].fill_(step_count)
+            for kind in STATE_KINDS:
+                state[kind].view(-1).copy_(read(name, kind, 0, param.numel()))
+            if not _own_master(param):
+                master.view(-1).copy_(read(name, "master", 0, param.numel()))
+
+    @torch.no_grad()
+    def refresh_masters(self) -> None:
+        for name, param in self._params():
+            self._masters[name].copy_(param)
+
+    def close(self) -> None:
+        self._groups = ()
+        self._masters.clear()
+        self._adamw.state.clear()
+
+    def _params(self) -> Iterator[tuple[str, Parameter]]:
+        for group in self._groups:
+            yield from group.params
+
+    @property
+    def _device(self) -> torch.device:
+        return next((param.device for _, param in self._params()), torch.device("cpu"))
+
+    def _grads_by_dtype(self) -> Iterable[list[Tensor]]:
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for _, param in self._params():
+            grad = main_grad(param)
+            by_dtype.setdefault(grad.dtype, []).append(grad)
+        return by_dtype.values()
+
+
+def main_grad(param: Parameter) -> Tensor:
+    """The accumulated gradient of `param`; the executor allocates it, in param's shape."""
+    grad = param.main_grad  # pyrefly: ignore[missing-attribute]
+    assert grad.shape == param.shape, (grad.shape, param.shape)
+    return grad
+
+
+def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Scalar sum of squares, accumulated in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for tensor in tensors:
+        total += torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+    return total
+
+
+def _own_master(param: Parameter) -> bool:
+    return param.dtype in (torch.float32, torch.float64)
+
+
+def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of gradients of one dtype, each of at most BUCKET_NUMEL unless a single one is more."""
+    bucket: list[Tensor] = []
+    numel = 0
+    for grad in grads:
+        if bucket and (numel + grad.numel() > BUCKET_NUMEL or grad.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, numel = [], 0
+        bucket.append(grad)
+        numel += grad.numel()
+    if bucket:
+        yield bucket
+
+
+def _all_reduce(grads: list[Tensor], process_group: dist.ProcessGroup) -> None:
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    dist.all_reduce(flat, group=process_group)
+    parts = flat.split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
