@@ -152,6 +152,11 @@ class ModelConfig:
         """Values cached per token and layer: the latent and the shared rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
+    @property
+    def embedding_is_used_last(self) -> bool:
+        """Whether the last stage needs the embedding: for MTP or as a tied head."""
+        return self.tie_word_embeddings or self.num_nextn_predict_layers > 0
+
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` has routed experts; MTP blocks (layer >= num_hidden_layers) do."""
         return layer >= self.first_k_dense_replace

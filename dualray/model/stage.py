@@ -67,9 +67,7 @@ class Stage(nn.Module):
     @property
     def needs_embedding(self) -> bool:
         """Whether this stage uses the embedding behind the first layer (MTP, tied head)."""
-        return self.is_last and (
-            self.config.tie_word_embeddings or self.config.num_nextn_predict_layers > 0
-        )
+        return self.is_last and self.config.embedding_is_used_last
 
     def borrow_embedding(self, embedding: Embedding) -> None:
         """Use `embedding` for MTP and a tied head without owning it."""

@@ -47,7 +47,8 @@ class HeldStages:
 
     Names of parameters (`layers.3.mlp.gate.weight`) are unique over the model, so the
     worker's stages share one namespace. `embedding_copy` is set where the last stage needs
-    the embedding and stage 0 is on another worker.
+    the embedding and stage 0 is on another worker; `embedding_is_copied` says on every worker
+    whether the model has such a copy, since its gradients join those of stage 0.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class HeldStages:
                 bias = router.e_score_correction_bias
                 router.e_score_correction_bias = bias.to(torch.promote_types(dtype, torch.float32))
         self.embedding_copy: Embedding | None = None
+        ends_meet = any({0, schedule.num_stages - 1} <= set(stages) for stages in schedule.stage_of)
+        self.embedding_is_copied = config.embedding_is_used_last and not ends_meet
         last = self.stages.get(schedule.num_stages - 1)
         if last is not None and last.needs_embedding and not last.is_first:
             last.borrow_embedding(self._embedding_for_last(seed, dtype, device))

@@ -1,0 +1,97 @@
+"""A trainer's state as pieces of logical tensors, and back, at any layout.
+
+Weights and router biases are written by the first of the ranks that hold a copy; optimizer
+state by the rank that owns the range. No random numbers are drawn after initialisation and
+batches are a pure function of (data, seed, step), so tensors and the step are everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dualray.checkpoint.reader import Reader
+from dualray.checkpoint.writer import Piece
+from dualray.model.init import LogicalSlice, logical_tensors
+from dualray.parallel.held import EMBEDDING
+from dualray.parallel.trainer import Trainer
+
+EMBEDDING_LOGICAL = f"model.{EMBEDDING}"
+
+
+def pieces(trainer: Trainer) -> Iterator[Piece]:
+    """What this rank writes; over the world every element of the state comes once."""
+    held, groups = trainer.held, trainer.groups
+    experts = held.expert_parameters()
+    slices = held.slices()
+    for name, tensor in held.tensors().items():
+        ranks = groups.expert_ranks if name in experts else groups.dense_ranks
+        if trainer.rank != ranks[0]:
+            continue
+        flat = tensor.detach().view(-1)
+        for part in slices[name]:
+            values = flat[part.start : part.start + part.numel]
+            yield Piece(name=part.name, shape=part.shape, start=0, tensor=values)
+    for name, kind, start, values in trainer.optimizer.state_pieces():
+        for part, part_start, chunk in _cut(_slices_of(trainer, name), start, values):
+            yield Piece(
+                name=state_name(kind, part.name), shape=part.shape, start=part_start, tensor=chunk
+            )
+
+
+@torch.no_grad()
+def restore_weights(trainer: Trainer, reader: Reader) -> None:
+    """Read the weights and biases of this worker's stages and experts, nothing else.
+
+    Raises CheckpointError if a tensor is missing or has another shape.
+    """
+    for stage in trainer.held.stages.values():
+        for name, view in logical_tensors(stage).items():
+            reader.expect_shape(name, tuple(view.shape))
+            reader.read_into(name, view)
+    copy = trainer.held.embedding_copy
+    if copy is not None:
+        reader.read_into(EMBEDDING_LOGICAL, copy.weight)
+    trainer.optimizer.refresh_masters()
+
+
+def restore(trainer: Trainer, reader: Reader, *, step: int) -> None:
+    """Weights and optimizer state after `step` optimizer steps."""
+    restore_weights(trainer, reader)
+
+    def read(name: str, kind: str, start: int, count: int) -> Tensor:
+        out = torch.empty(count, dtype=torch.float32)
+        for part in _slices_of(trainer, name):
+            low, high = max(part.start, start), min(part.start + part.numel, start + count)
+            if low < high:
+                values = reader.read(state_name(kind, part.name), low - part.start, high - low)
+                out = out.to(values.dtype)
+                out[low - start : high - start] = values
+        return out
+
+    trainer.optimizer.load_state(read, step_count=step)
+
+
+def state_name(kind: str, logical: str) -> str:
+    """Name in a checkpoint of one kind of optimizer state of a logical tensor."""
+    return f"optimizer.{kind}/{logical}"
+
+
+def _slices_of(trainer: Trainer, name: str) -> list[LogicalSlice]:
+    if name == EMBEDDING:
+        shape = (trainer.model.vocab_size, trainer.model.hidden_size)
+        return [LogicalSlice(name=EMBEDDING_LOGICAL, shape=shape, start=0)]
+    return trainer.held.slices()[name]
+
+
+def _cut(
+    slices: list[LogicalSlice], start: int, values: Tensor
+) -> Iterator[tuple[LogicalSlice, int, Tensor]]:
+    """The parts of a parameter's flat range [start, start + len) that fall in each slice."""
+    end = start + values.numel()
+    for part in slices:
+        low, high = max(part.start, start), min(part.start + part.numel, end)
+        if low < high:
+            yield part, low - part.start, values[low - start : high - start]

@@ -1,0 +1,252 @@
+"""One worker's part of training: everything an actor forwards its calls to.
+
+A step walks the schedule, sums gradients over the copies of each parameter, clips by the
+global norm, lets the optimizer move the weights, and moves the router biases by the loads
+of the whole global batch (arXiv 2412.19437, sections 2.1.2 and 4.2).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualray.errors import RunError
+from dualray.model.config import ModelConfig
+from dualray.model.context import ExpertDispatch
+from dualray.model.moe import LocalDispatch
+from dualray.model.stage import IGNORED_LABEL
+from dualray.parallel.balance import global_loads, max_violation, update_biases
+from dualray.parallel.batches import Slicer, TokenSource
+from dualray.parallel.dispatch import AllToAllDispatch
+from dualray.parallel.executor import Executor, MicroBatch, Objective, StepSums
+from dualray.parallel.groups import Group, Groups, Rendezvous, join, leave
+from dualray.parallel.held import EMBEDDING, HeldStages
+from dualray.parallel.layout import Layout
+from dualray.parallel.lr import lr_at
+from dualray.parallel.optimizer import ParamGroup, make_optimizer
+from dualray.parallel.p2p import PipelineLinks
+from dualray.parallel.placement import ExpertPlacement
+from dualray.parallel.train_config import TrainConfig
+from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
+from dualray.schedule.forward_only import forward_only
+from dualray.schedule.make import make_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One step's measurements. Losses are global means in nats per target.
+
+    `loads` and `max_vio` cover the MoE layers this worker holds, over the whole batch.
+    `bubble` is the share of the walk that workers spent waiting for others, averaged.
+    `spans` are this worker's (name, category, start, end), seconds of the epoch.
+    """
+
+    loss: float
+    mtp_loss: list[float]
+    balance_loss: float
+    grad_norm: float
+    lr: float
+    bubble: float
+    step_time_s: float
+    loads: dict[int, list[int]]
+    max_vio: dict[int, float]
+    spans: list[tuple[str, str, float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Held-out cross-entropy: the global sum in nats, and how many targets it covers."""
+
+    loss_sum: float
+    targets: int
+
+
+def compute_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Trainer:
+    """Stages, groups and optimizer of the worker at world rank `rank`."""
+
+    def __init__(
+        self,
+        *,
+        model: ModelConfig,
+        layout: Layout,
+        train: TrainConfig,
+        placement: ExpertPlacement,
+        rank: int,
+        rendezvous: Rendezvous,
+        seed: int,
+    ) -> None:
+        self.model, self.layout, self.train = model, layout, train
+        self.placement, self.rank = placement, rank
+        self.at = layout.coordinate(rank)
+        self.device = compute_device()
+        self.schedule = make_schedule(layout.schedule, layout.pipeline, train.micro_batches)
+        self.held = HeldStages(
+            model,
+            self.schedule,
+            self.at,
+            placement,
+            seed=seed,
+            dtype=getattr(torch, train.dtype),
+            device=self.device,
+        )
+        self.groups = join(layout, self.schedule, rank, rendezvous)
+        self.weight_grads = WeightGrads()
+        param_groups = param_groups_of(self.held, self.groups)
+        self.optimizer = make_optimizer(param_groups, train.optimizer_config())
+        self.dispatches: list[ExpertDispatch] = [
+            self._dispatch(group) for group in self.groups.dispatch
+        ]
+        self.links = PipelineLinks(self.groups.channels, self.groups.pipeline_ranks)
+        self.executor = Executor(
+            self.held, self.at.pipeline, self.links, self.dispatches, self.weight_grads
+        )
+        self.slicer = Slicer(
+            layout=layout, schedule=self.schedule, train=train, at=self.at, device=self.device
+        )
+
+    def _dispatch(self, group: Group) -> ExpertDispatch:
+        if self.layout.experts == 1:
+            return LocalDispatch(self.model.n_routed_experts)
+        return AllToAllDispatch(self.placement, group)
+
+    def step(self, step: int, source: TokenSource) -> StepResult:
+        """Optimizer step number `step`, counted from 0. A collective over the world.
+
+        Raises RunError on a gradient that is not finite, before the weights move.
+        """
+        started = time.perf_counter()
+        batches = self.slicer.micro_batches(source, step)
+        targets = self._count_targets(batches)
+        sums = self.executor.run(self.schedule, batches, self._objective(targets))
+        begin = time.time()
+        self.optimizer.reduce()
+        norm = self._clip(step)
+        lr = lr_at(step, self.train.learning_rate())
+        self.optimizer.step(lr)
+        loads = global_loads(sums.loads, self.groups.dense)
+        update_biases(self.held.routers(), loads, self.train.gamma)
+        sums.spans.append(("optimizer", "optimizer", begin, time.time()))
+        return self._result(sums, targets, loads, norm, lr, started)
+
+    def _count_targets(self, batches: dict[tuple[int, int], MicroBatch]) -> list[int]:
+        """Valid targets per depth over all workers."""
+        depths = 1 + self.model.num_nextn_predict_layers
+        counts_D = torch.zeros(depths, dtype=torch.int64, device=self.device)
+        for batch in batches.values():
+            if batch.labels_DT is not None:
+                counts_D += (batch.labels_DT != IGNORED_LABEL).sum(1)
+        dist.all_reduce(counts_D, group=self.groups.world)
+        return counts_D.tolist()
+
+    def _objective(self, targets: list[int]) -> Objective:
+        share = self.train.mtp_lambda / max(len(targets) - 1, 1)
+        return Objective(
+            main=1 / max(targets[0], 1),
+            mtp=tuple(share / max(count, 1) for count in targets[1:]),
+            balance=self.train.alpha / self.slicer.global_sequences,
+        )
+
+    def _clip(self, step: int) -> float:
+        """Global gradient norm before clipping; every rank computes the same."""
+        squared = self.optimizer.squared_norm()
+        dist.all_reduce(squared, group=self.groups.world)
+        norm = math.sqrt(float(squared))
+        if not math.isfinite(norm):
+            raise RunError(
+                f"the gradient norm of step {step} is {norm} and must be finite",
+                hint="lower train.lr or train.clip_norm and resume from the last checkpoint",
+            )
+        if 0 < self.train.clip_norm < norm:
+            self.optimizer.scale(self.train.clip_norm / norm)
+        return norm
+
+    def _result(
+        self,
+        sums: StepSums,
+        targets: list[int],
+        loads: dict[int, Tensor],
+        norm: float,
+        lr: float,
+        started: float,
+    ) -> StepResult:
+        depths = self.model.num_nextn_predict_layers
+        idle = sums.waited_s / sums.elapsed_s / self.layout.world_size
+        totals = torch.tensor(
+            [sums.main, *(sums.mtp or [0.0] * depths), sums.balance, idle],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        dist.all_reduce(totals, group=self.groups.world)
+        main, *mtp, balance, bubble = totals.tolist()
+        return StepResult(
+            loss=main / max(targets[0], 1),
+            mtp_loss=[loss / max(count, 1) for loss, count in zip(mtp, targets[1:])],
+            balance_loss=balance,
+            grad_norm=norm,
+            lr=lr,
+            bubble=bubble,
+            step_time_s=time.perf_counter() - started,
+            loads={layer: load.tolist() for layer, load in loads.items()},
+            max_vio={layer: max_violation(load) for layer, load in loads.items()},
+            spans=sums.spans,
+        )
+
+    def evaluate(self, source: TokenSource, num_batches: int) -> HeldOut:
+        """Cross-entropy of the first `num_batches` global batches of held-out text."""
+        schedule = forward_only(self.schedule, self.train.micro_batches)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        nothing = Objective(main=0.0, mtp=(), balance=0.0)
+        for number in range(num_batches):
+            batches = self.slicer.micro_batches(source, number, "heldout")
+            totals[0] += self.executor.run(schedule, batches, nothing).main
+            for batch in batches.values():
+                if batch.labels_DT is not None:
+                    totals[1] += (batch.labels_DT[0] != IGNORED_LABEL).sum()
+        dist.all_reduce(totals, group=self.groups.world)
+        return HeldOut(loss_sum=float(totals[0]), targets=int(totals[1]))
+
+    def close(self) -> None:
+        """Let go of optimizer and process groups; weights stay."""
+        self.optimizer.close()
+        leave()
+
+
+def param_groups_of(held: HeldStages, groups: Groups) -> list[ParamGroup]:
+    """The worker's parameters by who shares them, each with its `main_grad` attached.
+
+    An embedding that the last stage copies has its own group over both ends of the
+    pipeline, which sums the gradients of the two uses.
+    """
+    dense, expert = held.dense_parameters(), held.expert_parameters()
+    embedding = {}
+    if held.embedding_copy is not None:
+        embedding[EMBEDDING] = held.embedding_copy.weight
+    elif EMBEDDING in dense and held.embedding_is_copied:
+        embedding[EMBEDDING] = dense.pop(EMBEDDING)
+    result = []
+    for params, group, ranks, kind in (
+        (dense, groups.dense, groups.dense_ranks, "dense"),
+        (expert, groups.expert, groups.expert_ranks, "expert"),
+        (embedding, groups.embedding, groups.embedding_ranks, "dense"),
+    ):
+        if params:
+            attach_main_grads(params.values())
+            result.append(
+                ParamGroup(
+                    params=list(params.items()),
+                    process_group=group if len(ranks) > 1 else None,
+                    group_ranks=ranks,
+                    kind=kind,
+                )
+            )
+    return result

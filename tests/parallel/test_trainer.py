@@ -1,0 +1,75 @@
+"""Whole optimizer steps: the same losses, loads and biases in every layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.models import tiny_config
+from support.processes import free_port, run_ranks
+from support.training import make_trainer, tokens_for
+
+from dualray.parallel.layout import Layout
+from dualray.parallel.train_config import TrainConfig
+
+STEPS = 4
+TRAIN = TrainConfig(
+    steps=STEPS, seq_len=12, micro_batch_size=2, micro_batches=8, lr=3e-3, warmup_steps=2,
+    optimizer="adamw", dtype="float64", gamma=0.01, alpha=1e-3, mtp_lambda=0.3,
+)  # fmt: skip
+
+
+def train(rank: int, model, cases):
+    results = []
+    for layout, config, port in cases:
+        if rank >= layout.world_size:
+            results.append(None)
+            continue
+        trainer = make_trainer(rank, model, layout, config, port)
+        source = tokens_for(model, config)
+        steps = [trainer.step(step, source) for step in range(config.steps)]
+        heldout = trainer.evaluate(source, 2)
+        biases = {r.layer: r.e_score_correction_bias.tolist() for r in trainer.held.routers()}
+        trainer.close()
+        results.append((
+            [(s.loss, sum(s.mtp_loss), s.balance_loss, s.grad_norm) for s in steps],
+            [s.loads for s in steps],
+            (heldout.loss_sum, heldout.targets),
+            biases,
+        ))  # fmt: skip
+    return results
+
+
+@pytest.mark.multiproc
+def test_layouts_train_alike() -> None:
+    model = tiny_config()
+    two = replace(TRAIN, micro_batches=4)
+    float32 = replace(TRAIN, dtype="float32")
+    cases = [
+        (Layout(schedule="1f1b"), TRAIN),
+        (Layout(pipeline=2, experts=2, schedule="dualpipe"), two),
+        (Layout(pipeline=4, schedule="1f1b"), TRAIN),
+        (Layout(pipeline=2, replicas=2, schedule="dualpipe"), two),
+        (Layout(schedule="1f1b"), float32),
+        (Layout(pipeline=2, experts=2), replace(two, dtype="float32", optimizer="zero1")),
+        (Layout(pipeline=2, experts=2, schedule="1f1b"),
+         replace(two, dtype="float32", optimizer="zero1")),
+    ]  # fmt: skip
+    results = run_ranks(train, 4, model, [(*case, free_port()) for case in cases])
+    for index, (layout, config) in enumerate(cases):
+        exact = config.dtype == "float64"
+        expected = results[0][0 if exact else 4]
+        for rank in range(layout.world_size):
+            steps, loads, heldout, biases = results[rank][index]
+            # float32 after optimizer steps: Adam magnifies rounding, so losses are held to 1e-5.
+            tolerance = 1e-9 if exact else 1e-5
+            for found, wanted in zip(steps, expected[0]):
+                assert found == pytest.approx(wanted, rel=tolerance if exact else 1e-4), layout
+            assert heldout == pytest.approx(expected[2], rel=tolerance), layout
+            for layer in biases:
+                assert biases[layer] == expected[3][layer] or not exact, (layout, layer)
+            for found, wanted in zip(loads, expected[1]):
+                assert all(found[layer] == wanted[layer] or not exact for layer in found)
+    losses = [step[0] for step in results[0][0][0]]
+    assert losses[-1] < losses[0]
+    assert any(any(bias) for bias in results[0][0][3].values())

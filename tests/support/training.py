@@ -1,0 +1,59 @@
+"""A small training run in real processes, over made-up tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dualray.model.config import ModelConfig
+from dualray.parallel.groups import Rendezvous
+from dualray.parallel.layout import Layout
+from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.train_config import TrainConfig
+from dualray.parallel.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Window:
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class SkewedTokens:
+    """A `TokenSource`: few ids are frequent, so that there is something to learn and to balance."""
+
+    vocab_size: int
+    seq_len: int
+    depths: int
+
+    def sequences(
+        self, step: int, first: int, count: int, global_sequences: int, split: str = "train"
+    ) -> Window:
+        rows = []
+        for number in range(first, first + count):
+            key = [step, number, 1 if split == "train" else 2]
+            draws = np.random.default_rng(key).random(self.seq_len + 1 + self.depths)
+            rows.append((draws**3 * self.vocab_size).astype(np.int64))
+        window = np.stack(rows)
+        labels = [window[:, d + 1 : d + 1 + self.seq_len] for d in range(self.depths + 1)]
+        return Window(ids=window[:, : self.seq_len], labels=np.stack(labels))
+
+
+def tokens_for(model: ModelConfig, train: TrainConfig) -> SkewedTokens:
+    return SkewedTokens(model.vocab_size, train.seq_len, model.num_nextn_predict_layers)
+
+
+def make_trainer(
+    rank: int, model: ModelConfig, layout: Layout, train: TrainConfig, port: int
+) -> Trainer:
+    return Trainer(
+        model=model,
+        layout=layout,
+        train=train,
+        placement=contiguous_placement(model.n_routed_experts, layout.experts),
+        rank=rank,
+        rendezvous=Rendezvous(host="127.0.0.1", port=port, timeout_s=60),
+        seed=5,
+    )
