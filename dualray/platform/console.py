@@ -26,6 +26,8 @@ from dualray.platform.readable import count, duration, number
 
 LIVE_ROWS = 12
 MISSING = "-"
+# What a narrow terminal loses first; the line below the table names the held-out value anyway.
+_DISPENSABLE = ("held-out b/B", "lr", "grad norm", "MaxVio", "bubble")
 
 # Title over the live column, label in the plain line, width of the value.
 _COLUMNS = (
@@ -190,18 +192,36 @@ class Console:
         return max(0, self._num_steps - metrics.step) * pace_s
 
     def _picture(self) -> Group:
-        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
-        for title, _, width in _COLUMNS:
-            table.add_column(title, justify="right", no_wrap=True, min_width=width)
-        for step, row in self._rows:
-            table.add_row(*row, style="bold" if step == self._latest_step else "")
+        rows = [row for _, row in self._rows]
         if not self._rows or self._rows[-1][0] != self._latest_step:
-            table.add_row(*self._latest, style="bold")
+            rows.append(self._latest)
+        shown = _columns_that_fit(rows, self._rich.width)
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+        for column in shown:
+            title, _, width = _COLUMNS[column]
+            table.add_column(title, justify="right", no_wrap=True, min_width=width)
+        for row in rows:
+            cells_shown = [row[column] for column in shown]
+            table.add_row(*cells_shown, style="bold" if row is self._latest else "")
         bar = ProgressBar(total=max(1, self._num_steps), completed=self._latest_step, width=40)
         foot = Table.grid(padding=(0, 2))
         done = 100 * self._latest_step / max(1, self._num_steps)
         foot.add_row(bar, Text(f"{done:.0f} %"), Text(f"held-out bits per byte {self._heldout}"))
         return Group(table, foot)
+
+
+def _columns_that_fit(rows: list[tuple[str, ...]], width: int) -> list[int]:
+    """Indices of the columns to draw on a terminal so many characters wide."""
+    widths = [
+        max(len(title), least, *(len(row[column]) for row in rows)) + 2
+        for column, (title, _, least) in enumerate(_COLUMNS)
+    ]
+    shown = list(range(len(_COLUMNS)))
+    for name in _DISPENSABLE:
+        if sum(widths[column] for column in shown) - 2 <= width:
+            break
+        shown = [column for column in shown if _COLUMNS[column][0] != name]
+    return shown
 
 
 def _plain(row: tuple[str, ...]) -> str:

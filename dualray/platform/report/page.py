@@ -27,12 +27,18 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     RunError if the folder is not a run's or `out` cannot be written.
     """
     target = out if out is not None else run_dir / "report.html"
-    page = render(read_run(run_dir))
+    run = read_run(run_dir)
     if target.is_dir():
         raise RunError(
             f"--out is {target} and that is a folder",
             hint=f"name a file, such as {target / 'report.html'}",
         )
+    if not target.parent.is_dir():
+        raise RunError(
+            f"--out is {target} and {target.parent} is not a folder",
+            hint="create that folder first, or name a file elsewhere",
+        )
+    page = render(run)
     partial = target.with_name(target.name + ".partial")
     try:
         partial.write_text(page, encoding="utf-8")

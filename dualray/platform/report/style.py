@@ -110,9 +110,14 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\1{name}-", text)
-    # The page's font applies, not matplotlib's list of fallbacks.
-    text = re.sub(r"font: ([0-9. a-z]*px) [^;\"]*", r"font-size: \1", text)
-    text = re.sub(r"font-size: (bold|[0-9]+) ([0-9.]+px)", r"font-weight: \1; font-size: \2", text)
+    # The page's font applies, not matplotlib's list of fallbacks, which before version 3.11 it
+    # wrote as part of the shorthand `font`.
+    text = re.sub(
+        r"font: (?:(\d+) )?([\d.]+px) [^;\"]*",
+        lambda match: f"font-weight: {match[1] or 400}; font-size: {match[2]}",
+        text,
+    )
+    text = re.sub(r" ?font-family: [^;\"]*;?", "", text)
     for stand_in, variable in VARIABLES.items():
         text = text.replace(stand_in, f"var({variable})")
     return re.sub(r"\n\s*", "\n", text)

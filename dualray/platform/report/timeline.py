@@ -142,7 +142,7 @@ def _title(rank: int, layout: Layout | None) -> str:
     parts = [f"pipeline {at.pipeline}"] if layout.pipeline > 1 else []
     parts += [f"expert {at.expert}"] if layout.experts > 1 else []
     parts += [f"replica {at.replica}"] if layout.replicas > 1 else []
-    return f"worker {rank}" + (f"  ({', '.join(parts)})" if parts else "")
+    return f"worker {rank}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _legend(axes: Axes, kinds: dict[str, list[list[tuple[float, float]]]]) -> None:

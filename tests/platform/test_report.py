@@ -1,0 +1,348 @@
+"""The report: one page that stands alone, shows the measured numbers and does without parts."""
+
+import dataclasses
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import typer
+from synthetic_run import RUN_YAML, make_run, make_spans, make_steps
+from typer.testing import CliRunner
+
+from dualray.errors import RunError
+from dualray.parallel.layout import Layout
+from dualray.platform.commands.report import report
+from dualray.platform.metrics import MetricsLog, Switch, read_metrics
+from dualray.platform.readable import count
+from dualray.platform.report import write_report
+from dualray.platform.report.experts import MAX_COLUMNS, layers_shown, relative_loads
+from dualray.platform.report.style import VARIABLES, smooth, thin
+from dualray.platform.report.timeline import timeline_figure
+from dualray.platform.trace import Category, Span, Trace, write_trace
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects what the tests ask for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.words: list[str] = []
+        self.headings: list[str] = []
+        self.captions: list[str] = []
+        self.tiles: dict[str, str] = {}
+        self._title = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        within = self.open[-1] if self.open else ""
+        if within in ("style", "script") or not data.strip():
+            return
+        self.words.append(data.strip())
+        if within == "h2":
+            self.headings.append(data)
+        if within == "figcaption":
+            self.captions.append(data)
+        if "section" not in self.open and within == "span":
+            self._title = data
+        if "section" not in self.open and within == "b":
+            self.tiles[self._title] = data
+
+
+def page_of(folder) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def bare_run(folder, steps=(), text=""):
+    folder.mkdir()
+    (folder / "run.yaml").write_text(text)
+    with MetricsLog.create(folder / "metrics.jsonl") as log:
+        for step in steps:
+            log.append(step)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "demo")
+
+
+@pytest.fixture(scope="module")
+def page(run_dir):
+    return page_of(run_dir)
+
+
+def test_page_has_a_section_for_every_part(page):
+    assert page.headings == [
+        "Learning",
+        "Optimizer",
+        "Experts",
+        "Pipeline",
+        "Speed and checkpoints",
+        "From trainer to server",
+        "Configuration",
+    ]
+    assert page.tags.count("svg") == 7
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 7
+    assert all(caption.endswith(".") for caption in page.captions)
+
+
+def test_page_loads_nothing(page, run_dir):
+    text = (run_dir / "report.html").read_text()
+    namespaces = re.findall(r'xmlns(?::\w+)?="([^"]*)"', text)
+    assert len(re.findall(r"https?://", text)) == len(namespaces)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "@import" not in text
+    targets = [v for _, name, v in page.attributes if name in ("src", "href", "xlink:href")]
+    assert targets
+    assert all(target.startswith(("#", "data:image/png;base64,")) for target in targets)
+    assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", text))
+
+
+def test_ids_are_unique_and_references_resolve(page, run_dir):
+    assert len(page.ids) == len(set(page.ids))
+    text = (run_dir / "report.html").read_text()
+    references = re.findall(r'(?:href="#|url\(#)([^")]*)', text)
+    assert references
+    assert set(references) <= set(page.ids)
+
+
+def test_figures_use_the_palette_of_the_page(run_dir):
+    text = (run_dir / "report.html").read_text()
+    figures = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    for stand_in, variable in VARIABLES.items():
+        assert stand_in not in figures
+        assert f"{variable}:" in text
+    assert "var(--blue)" in figures
+    assert "DejaVu" not in figures
+
+
+def test_tiles_show_the_measured_numbers(page, run_dir):
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    last = metrics.steps[-1]
+    bubbles = sorted(step.bubble for step in metrics.steps)
+    speeds = sorted(step.tokens_per_s for step in metrics.steps)
+    assert page.tiles == {
+        "Training loss": f"{last.loss:.4f}",
+        "Held-out": f"{last.heldout_bits_per_byte:.3f}",
+        "Throughput": count((speeds[299] + speeds[300]) / 2),
+        "Bubble": f"{50 * (bubbles[299] + bubbles[300]):.1f} %",
+        "MaxVio": f"{last.max_vio:.2f}",
+        "Train to serve": "0.83 s",
+    }
+
+
+def test_text_states_run_layout_yardsticks_and_checkpoints(page):
+    words = " | ".join(page.words)
+    for expected in (
+        "Model | tiny: 3.41M parameters, 1.32M active per token",
+        "Layout | 2 pipeline x 2 expert ranks, dualpipe: 4 workers",
+        "Corpus | data/shakespeare (5.5 MB)",
+        "Steps | 600 (9.83M tokens)",
+        "gzip -9 3.089",
+        "bzip2 -9 2.441",
+        "unigram 2.913",
+        "bigram 2.258",
+        "200 | 0.95 | no | 400 | 1.15 | yes | 600 | 1.35 | yes",
+        "0 | 4101 | 4101 | 1 | 4102 | 4102",
+        "The first token was served 0.83 s after the last optimizer step. "
+        "The processes that trained are the processes that serve.",
+        "worker 3 (pipeline 1, expert 1)",
+        "layer 1",
+    ):
+        assert expected in words
+    assert RUN_YAML.strip() in page.words
+    assert "F0.2" in page.words
+    idle = 100 * Trace(spans=tuple(make_spans())).bubble()
+    assert f"the workers stood idle for {idle:.1f} % of the time" in words
+
+
+def test_replaced_workers_are_not_called_the_same(tmp_path):
+    switch = Switch(seconds_to_first_token=1.0, workers_before=(1, 2), workers_after=(1,))
+    words = page_of(bare_run(tmp_path / "a", [switch])).words
+    assert any("The workers were replaced between" in word for word in words)
+    assert words[words.index("2") + 1] == "none"
+
+
+def test_run_without_steps(tmp_path):
+    page = page_of(bare_run(tmp_path / "a", text=RUN_YAML))
+    assert page.headings == ["Configuration"]
+    assert any("has not finished a step" in word for word in page.words)
+    assert page.tiles == {}
+
+
+def test_run_of_one_step(tmp_path):
+    page = page_of(bare_run(tmp_path / "a", make_steps(1)))
+    assert page.headings == ["Learning", "Optimizer", "Experts", "Speed and checkpoints"]
+    assert page.tags.count("svg") == 6
+
+
+def test_dense_run_of_one_worker(tmp_path):
+    steps = [
+        dataclasses.replace(step, mtp_loss=(), bubble=0.0)
+        for step in make_steps(40, layers=(), eval_every=100)[:39]
+    ]
+    page = page_of(bare_run(tmp_path / "a", steps, "train: {steps: 40}\nlayout: {}"))
+    assert page.headings == ["Learning", "Optimizer", "Speed and checkpoints", "Configuration"]
+    assert page.tags.count("svg") == 3
+    assert set(page.tiles) == {"Training loss", "Throughput"}
+    assert "one worker" in page.words
+    assert "39 of 40 (639k tokens)" in page.words
+
+
+def test_run_that_diverged(tmp_path):
+    steps = [
+        dataclasses.replace(
+            step, loss=math.nan, grad_norm=math.inf, heldout_loss=None, heldout_bits_per_byte=None
+        )
+        for step in make_steps(35)
+    ]
+    evaluated = dataclasses.replace(steps[-1], heldout_bits_per_byte=math.nan)
+    page = page_of(bare_run(tmp_path / "a", [*steps[:-1], evaluated]))
+    assert page.tiles["Training loss"] == page.tiles["Held-out"] == "nan"
+    assert page.tags.count("svg") == 5
+
+
+def test_trace_alone(tmp_path):
+    folder = bare_run(tmp_path / "a")
+    write_trace(folder / "trace.json", make_spans())
+    page = page_of(folder)
+    assert page.headings == ["Pipeline"]
+    assert "worker 3" in page.words
+
+
+def test_long_trace_is_cut_and_says_so(tmp_path):
+    folder = bare_run(tmp_path / "a")
+    spans = [
+        Span(rank=0, name="W", category=Category.COMPUTE, start_s=i, end_s=i + 0.5)
+        for i in range(3010)
+    ]
+    write_trace(folder / "trace.json", spans)
+    assert "The last 10 spans are left out" in page_of(folder).captions[0]
+
+
+def test_timeline_names_unknown_work_and_foreign_ranks():
+    spans = (Span(rank=5, name="eval", category="compute", start_s=0.0, end_s=60.0),)
+    svg = timeline_figure(Trace(spans=spans), Layout(pipeline=2))
+    assert "other computation" in svg
+    assert "worker 5<" in svg
+    assert ">s<" in svg
+
+
+def test_names_and_files_are_escaped(tmp_path):
+    folder = bare_run(tmp_path / "a", text='name: "<b>x</b> $name"\nmodel: "<i>"\n')
+    page = page_of(folder)
+    assert "<b>x</b> $name" in page.words
+    assert "i" not in page.tags
+
+
+def test_relative_loads_have_mean_one_and_bounded_columns():
+    steps = make_steps(500, layers=(4,), num_experts=8)
+    relative, first, last = relative_loads(steps, 4)
+    assert relative.shape == (8, MAX_COLUMNS)
+    assert (first, last) == (1, 500)
+    np.testing.assert_allclose(relative.mean(axis=0), 1.0)
+    one, _, _ = relative_loads(steps[:1], 4)
+    loads = np.asarray(steps[0].loads[4])
+    np.testing.assert_allclose(one[:, 0], loads / loads.mean())
+
+
+def test_many_layers_are_sampled_with_both_ends():
+    shown, total = layers_shown(make_steps(1, layers=tuple(range(3, 61)), num_experts=2))
+    assert (len(shown), total, shown[0], shown[-1]) == (12, 58, 3, 60)
+
+
+def test_thinning_keeps_the_mean_and_smoothing_skips_gaps():
+    ys = np.sin(np.arange(5000))
+    x, y = thin(range(5000), ys, most=100)
+    assert len(x) == len(y) == 100
+    assert y.mean() == pytest.approx(ys.mean())
+    assert list(smooth([1.0, math.nan, 3.0, 5.0], 3)) == [1.0, 2.0, 4.0, 4.0]
+
+
+def test_out_names_the_file(run_dir, tmp_path):
+    out = tmp_path / "page.html"
+    assert write_report(run_dir, out) == out
+    assert out.read_text().startswith("<!doctype html>")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def sentence(folder, out=None) -> str:
+    with pytest.raises(RunError) as caught:
+        write_report(folder, out)
+    return str(caught.value)
+
+
+def test_a_missing_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sentence(tmp_path / "nothing") == (
+        f"{tmp_path / 'nothing'} is not a folder; "
+        "name a folder that `dualray train` wrote, such as runs/demo."
+    )
+
+
+def test_another_folder_is_named_with_runs_nearby(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    bare_run(runs / "small")
+    assert sentence(runs) == (
+        f"{runs} holds none of run.yaml, run.json, metrics.jsonl and so is not the folder of a "
+        f"run; name the folder of a run, for instance {runs / 'small'}."
+    )
+    assert not (runs / "report.html").exists()
+
+
+def test_a_damaged_run_file_is_named(tmp_path):
+    folder = bare_run(tmp_path / "a", text="name: [")
+    assert sentence(folder) == (
+        f"{folder / 'run.yaml'} cannot be parsed; restore the file or delete it."
+    )
+    (folder / "run.yaml").write_bytes(b"name: \xff")
+    assert sentence(folder) == (
+        f"byte 6 of {folder / 'run.yaml'} is not UTF-8; restore the file or delete it."
+    )
+
+
+def test_an_unwritable_place_is_named(run_dir, tmp_path):
+    assert sentence(run_dir, tmp_path) == (
+        f"--out is {tmp_path} and that is a folder; "
+        f"name a file, such as {tmp_path / 'report.html'}."
+    )
+    out = tmp_path / "missing" / "page.html"
+    assert sentence(run_dir, out) == (
+        f"--out is {out} and {out.parent} is not a folder; "
+        "create that folder first, or name a file elsewhere."
+    )
+
+
+def test_command_says_where_the_page_is(run_dir, tmp_path):
+    app = typer.Typer()
+    app.command()(report)
+    result = CliRunner().invoke(app, [str(run_dir), "--out", str(tmp_path / "page.html")])
+    assert result.exit_code == 0
+    assert result.output == f"report written to {tmp_path / 'page.html'}; open it in a browser\n"
