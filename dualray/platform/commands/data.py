@@ -27,11 +27,8 @@ def fetch(
 ) -> None:
     """Fetch a small real corpus as plain text."""
     fetched = fetch_corpus(name, out)
-    console = Console()
-    console.print(
-        f"{name}: {fetched.num_files} files, {fetched.num_bytes:,} bytes of text in {out}"
-    )
-    _print_next(console, f"dualray data build {out} --tokenizer bpe:4096 --out {out}-tokens")
+    _say(f"{name}: {fetched.num_files} files, {fetched.num_bytes:,} bytes of text in {out}")
+    _say(f"next: dualray data build {out} --tokenizer bpe:4096 --out {out}-tokens")
 
 
 @app.command()
@@ -71,13 +68,12 @@ def build(
     if as_json:
         typer.echo(manifest.to_json(), nl=False)
         return
-    console = Console()
-    console.print(_table(manifest))
-    console.print(
+    Console().print(_table(manifest))
+    _say(
         f"{out}: tokenizer {manifest.tokenizer} with {manifest.vocab_size:,} tokens, "
         f"data {manifest.data_sha256[:12]}, {time.perf_counter() - start:.1f} s"
     )
-    _print_next(console, f"dualray train RUN.yaml --set data.path={out}")
+    _say(f"next: dualray train RUN.yaml --set data.path={out}")
 
 
 def _table(manifest: DataManifest) -> Table:
@@ -96,5 +92,6 @@ def _table(manifest: DataManifest) -> Table:
     return table
 
 
-def _print_next(console: Console, command: str) -> None:
-    console.print("next:", command, markup=False, highlight=False, soft_wrap=True)
+def _say(line: str) -> None:
+    # Unwrapped and without markup: paths in it are to be copied, and may hold brackets.
+    Console().print(line, markup=False, highlight=False, soft_wrap=True)
