@@ -21,19 +21,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from dualray.parallel.adamw import BUCKET_NUMEL, AdamW, init_state, new_adamw
 from dualray.parallel.optimizer import (
-    BUCKET_NUMEL,
     STATE_KINDS,
-    AdamW,
     Optimizer,
     OptimizerConfig,
     ParamGroup,
     Piece,
     Read,
     decay_of,
-    init_state,
     main_grad,
-    new_adamw,
     sum_of_squares,
 )
 

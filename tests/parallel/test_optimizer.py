@@ -5,8 +5,8 @@ import torch
 from torch.nn import Parameter
 
 from dualray.errors import ConfigError
+from dualray.parallel.adamw import AdamW
 from dualray.parallel.optimizer import (
-    AdamW,
     OptimizerConfig,
     ParamGroup,
     make_optimizer,

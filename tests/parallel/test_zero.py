@@ -17,7 +17,8 @@ import torch.distributed as dist
 from support.processes import run_ranks
 from torch.nn import Parameter
 
-from dualray.parallel.optimizer import AdamW, OptimizerConfig, ParamGroup, make_optimizer
+from dualray.parallel.adamw import AdamW
+from dualray.parallel.optimizer import OptimizerConfig, ParamGroup, make_optimizer
 
 pytestmark = pytest.mark.multiproc
 
