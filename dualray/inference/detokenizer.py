@@ -16,7 +16,7 @@ REPLACEMENT = "\ufffd"
 class Detokenizer(Protocol):
     """What text assembly needs of a tokenizer."""
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; bytes that are no UTF-8 become U+FFFD."""
         ...
 

@@ -114,7 +114,9 @@ class PagedBatch:
             slots_T=integers(slots),
             seq_lens=tuple(len(sequence.ids) for sequence in sequences),
             single_rows_n=integers([row for row, _ in single]),
-            tables_nB=torch.tensor(tables, dtype=torch.int64, device=device).view(len(single), width),
+            tables_nB=integers([block for table in tables for block in table]).view(
+                len(single), width
+            ),
             lengths_n=integers(lengths),
             prompt_parts=tuple(parts),
         )

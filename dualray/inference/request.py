@@ -65,6 +65,10 @@ class DeadlineError(RequestError):
     """The caller's deadline or the server's time limit passed."""
 
 
+class ServerFaultError(RequestError):
+    """Our own fault: the model gave no number for a token."""
+
+
 class FinishReason(StrEnum):
     """Why a completion ended (vLLM's words)."""
 
@@ -162,11 +166,6 @@ class Request:
     seed: int
     deadline: float | None = None
     """When to give up, in the engine clock's seconds."""
-
-
-def is_sampling_parameter(name: str) -> bool:
-    """Whether `name` is one of vLLM's sampling parameters, offered or not."""
-    return name in _PARSERS or name in NOT_OFFERED
 
 
 def check_prompt(prompt_ids: Sequence[int], max_context: int) -> None:

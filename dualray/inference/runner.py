@@ -19,6 +19,9 @@ from dualray.inference.plan import Owner, Sampled, SequencePlan, StepPlan
 from dualray.inference.sampler import sample
 from dualray.model.context import ExpertDispatch, ForwardContext, RoutingTape
 from dualray.model.stage import Stage
+from dualray.parallel.groups import FORWARD
+from dualray.parallel.p2p import PipelineLinks
+from dualray.schedule.actions import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class StageRunner:
     def __init__(
         self, stage: Stage, dispatch: ExpertDispatch, *, num_blocks: int, block_size: int
     ) -> None:
-        weight = stage.layers[str(stage.layer_range.start)].self_attn.kv_b_proj.weight
+        weight = stage.get_parameter(f"layers.{stage.layer_range.start}.self_attn.kv_b_proj.weight")
         self.stage = stage
         self.device, self.dtype = weight.device, weight.dtype
         self._dispatch = dispatch
@@ -98,22 +101,45 @@ class StageRunner:
         return sample(self.stage.logits(hidden_TD[ends], ctx), rows)
 
 
-class Pending(Protocol):
-    """A send under way."""
-
-    def wait(self) -> object: ...
-
-
 class Transport(Protocol):
     """Carries hidden states to the next stage of a direction and from the one before."""
 
-    def send(self, direction: int, hidden_TD: Tensor) -> Pending:
+    def send(self, direction: int, hidden_TD: Tensor) -> None:
         """Starts sending and returns at once; mirrored ranks send to each other first."""
         ...
 
-    def recv(self, direction: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def receive(self, direction: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Waits for the hidden states that the stage before has sent."""
         ...
+
+    def drain(self) -> None:
+        """Waits until everything sent has left."""
+        ...
+
+
+class PipelineTransport:
+    """`Transport` over the process groups that training used for its activations."""
+
+    def __init__(
+        self, links: PipelineLinks, schedule: Schedule, pipeline_rank: int, device: torch.device
+    ) -> None:
+        self._links = links
+        self._schedule = schedule
+        self._rank = pipeline_rank
+        self._device = device
+
+    def send(self, direction: int, hidden_TD: Tensor) -> None:
+        to = self._schedule.downstream(self._rank, direction)
+        assert to is not None, "the last stage sends nothing on"
+        self._links.send(FORWARD, direction, hidden_TD, to[0])
+
+    def receive(self, direction: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        source = self._schedule.upstream(self._rank, direction)
+        assert source is not None, "the first stage receives nothing"
+        return self._links.receive(FORWARD, direction, shape, dtype, self._device, source[0])
+
+    def drain(self) -> None:
+        self._links.drain()
 
 
 class StepRunner:
@@ -141,7 +167,6 @@ class StepRunner:
         Stages run in pipeline order: a worker's early stage feeds others before its late
         stage waits for them, so no two workers wait for each other.
         """
-        pending: list[Pending] = []
         sampled: list[Sampled] = []
         active = [d for d in plan.directions(self._replica) if d in self._stages]
         for direction in sorted(active, key=lambda d: self._stages[d].stage.layer_range.start):
@@ -153,9 +178,9 @@ class StepRunner:
             sampled += output.sampled
             if not runner.stage.is_last and num_tokens:
                 assert self._transport is not None
-                pending.append(self._transport.send(direction, output.hidden_TD))
-        for send in pending:
-            send.wait()
+                self._transport.send(direction, output.hidden_TD)
+        if self._transport is not None:
+            self._transport.drain()
         return sampled
 
     def _input(self, runner: StageRunner, direction: int, num_tokens: int) -> Tensor | None:
@@ -165,4 +190,4 @@ class StepRunner:
         if not num_tokens:
             return torch.empty(shape, dtype=runner.dtype, device=runner.device)
         assert self._transport is not None
-        return self._transport.recv(direction, shape, runner.dtype)
+        return self._transport.receive(direction, shape, runner.dtype)

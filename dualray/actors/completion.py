@@ -1,0 +1,114 @@
+"""One request's answer on its way from the engine to whoever asked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+
+from dualray.inference.detokenizer import IncrementalText
+from dualray.inference.plan import Sampled
+from dualray.inference.request import FinishReason, Request
+from dualray.inference.scheduler import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Which weights answer: stamped on every completion."""
+
+    training_step: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What a completion has gained since the last one: whole characters, one or more tokens."""
+
+    text: str
+    tokens: tuple[Sampled, ...]
+    finish: FinishReason | None = None
+    matched_stop: str | None = None
+
+
+class Completion:
+    """A stream of deltas; iterate it to its end, or cancel it.
+
+    The engine's side calls `take` and `end`.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        text: IncrementalText,
+        weights: Weights,
+        on_cancel: Callable[[Completion], None],
+    ) -> None:
+        self.request = request
+        self.weights = weights
+        self.arrived_ns = time.monotonic_ns()
+        self.timer: asyncio.TimerHandle | None = None
+        self._text = text
+        self._on_cancel = on_cancel
+        self._num_tokens = 0
+        self._held: list[Sampled] = []
+        self._items: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Yields deltas up to the one with `finish`.
+
+        Raises:
+            DeadlineError: the deadline or the server's limit passed.
+            NotServingError: the workers were lost or the server stopped.
+            ServerFaultError: the model gave no number.
+        """
+        while True:
+            item = await self._items.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            if item.finish is not None:
+                return
+
+    async def whole(self) -> Delta:
+        """All deltas as one. Raises what iterating raises."""
+        text, tokens = "", ()
+        async for delta in self:
+            text += delta.text
+            tokens += delta.tokens
+        return replace(delta, text=text, tokens=tokens)
+
+    def cancel(self) -> None:
+        """Ends the request and frees its blocks at once; nothing happens if it has ended."""
+        self._on_cancel(self)
+
+    def take(self, progress: Progress) -> FinishReason | None:
+        """Adds a token; returns why the completion has ended, if it has.
+
+        Tokens whose text may not be shown yet are held for the next delta.
+        """
+        finish = progress.finish
+        self._num_tokens += 1
+        self._held.append(progress.sampled)
+        piece = ""
+        if not progress.stop_token:
+            check = self._num_tokens > self.request.params.min_tokens
+            piece = self._text.push(progress.sampled.token_id, check_stop=check)
+        if self._text.matched_stop is not None:
+            finish = FinishReason.STOP
+        elif finish is not None:
+            piece += self._text.finish()
+        if piece or finish is not None:
+            delta = Delta(
+                text=piece,
+                tokens=tuple(self._held),
+                finish=finish,
+                matched_stop=self._text.matched_stop,
+            )
+            self._held.clear()
+            self._items.put_nowait(delta)
+        return finish
+
+    def fail(self, error: Exception) -> None:
+        """Makes the reader raise `error` after what it has been given so far."""
+        self._items.put_nowait(error)

@@ -1,0 +1,286 @@
+"""The inference engine: one asyncio loop between callers and workers.
+
+It holds tokenizer and inference scheduler, never a tensor. Per step it sends a plan to the
+workers through `run_step` and hands the new text to whoever waits for it. A plain class:
+`EngineActor` is its Ray form, tests give it a stage in their own process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dualray.actors.completion import Completion, Weights
+from dualray.data.tokenizer import Tokenizer
+from dualray.inference.detokenizer import IncrementalText
+from dualray.inference.plan import Owner, Sampled, StepPlan
+from dualray.inference.request import (
+    DeadlineError,
+    NotServingError,
+    NoWeightsError,
+    Request,
+    RequestError,
+    SamplingParams,
+    ServerFaultError,
+    check_prompt,
+    check_token_ids,
+)
+from dualray.inference.scheduler import Limits, Scheduler
+
+RunStep = Callable[[StepPlan], Awaitable[Iterable[Sampled]]]
+"""Runs a step on all workers and returns the tokens that the last stages chose."""
+
+
+class EngineState(StrEnum):
+    NO_WEIGHTS = "no weights"
+    """Nothing has been trained or loaded yet."""
+    TRAINING = "training"
+    """The workers train."""
+    SERVING = "serving"
+    DRAINING = "draining"
+    """Accepted requests end, new ones are refused."""
+    FAILED = "failed"
+    """The workers are lost."""
+    STOPPED = "stopped"
+
+
+@dataclass(kw_only=True)
+class EngineStats:
+    """Counters since the engine started. Times in nanoseconds."""
+
+    num_succeeded: int = 0
+    succeeded_ns: int = 0
+    num_failed: int = 0
+    """Cancelled and expired requests included."""
+    failed_ns: int = 0
+    num_started: int = 0
+    queued_ns: int = 0
+    """Between arrival and the first step that ran the request."""
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    last_finished_ms: int = 0
+    """Milliseconds since the epoch."""
+    first_token_unix_s: float | None = None
+    """When the first token since `serve` was handed out, in seconds since the epoch."""
+
+
+class Engine:
+    """Turns requests into steps and steps into text. Use from one event loop only."""
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        tokenizer: Tokenizer,
+        owners: Iterable[Owner],
+        limits: Limits,
+        max_request_s: float,
+        run_step: RunStep,
+    ) -> None:
+        self.model_name = model_name
+        self.limits = limits
+        self.stats = EngineStats()
+        self.state = EngineState.NO_WEIGHTS
+        self.weights = Weights(training_step=0, digest="")
+        self.tokenizer = tokenizer
+        self.scheduler = Scheduler(owners=owners, limits=limits, eos_id=tokenizer.eos_id)
+        self._max_request_s = max_request_s
+        self._run_step = run_step
+        self._completions: dict[str, Completion] = {}
+        self._names = itertools.count(1)
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._changed = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Starts the loop. Requests are refused until `serve`."""
+        self._task = asyncio.create_task(self._loop(), name="engine")
+
+    async def serve(self, weights: Weights) -> None:
+        """Takes requests from now on, answered by `weights`."""
+        self.weights = weights
+        self.stats.first_token_unix_s = None
+        await self._enter(EngineState.SERVING)
+
+    async def drain(self, then: EngineState = EngineState.TRAINING) -> None:
+        """Refuses new requests, lets the accepted ones end, and enters `then`."""
+        await self._enter(EngineState.DRAINING)
+        await self._idle.wait()
+        if self.state is EngineState.DRAINING:
+            await self._enter(then)
+
+    async def stop(self) -> None:
+        """Ends the loop; whoever still waits is told."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._fail_all(NotServingError("the server is stopping", hint="ask another server"))
+        await self._enter(EngineState.STOPPED)
+
+    async def wait_for_change(self, known: EngineState) -> EngineState:
+        """Returns the state as soon as it differs from `known`."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.state is not known)
+        return self.state
+
+    def submit(
+        self, prompt: str, params: SamplingParams, timeout_s: float | None = None
+    ) -> Completion:
+        """Queues a request; it joins the next step.
+
+        Raises:
+            RequestError: prompt or parameters break a rule.
+            NotServingError, NoWeightsError, QueueFullError: not now.
+        """
+        self._check_state()
+        check_token_ids(params, self.tokenizer.vocab_size)
+        prompt_ids = tuple(self.tokenizer.encode(prompt))
+        check_prompt(prompt_ids, self.limits.max_context)
+        loop = asyncio.get_running_loop()
+        time_left = min(self._max_request_s, math.inf if timeout_s is None else timeout_s)
+        deadline = loop.time() + time_left
+        request = Request(
+            request_id=str(next(self._names)),
+            prompt_ids=prompt_ids,
+            params=params,
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            deadline=deadline,
+        )
+        text = IncrementalText(
+            self.tokenizer, stop=params.stop, include_stop=params.include_stop_str_in_output
+        )
+        self.scheduler.add(request)
+        completion = Completion(request, text, self.weights, self._cancel)
+        completion.timer = loop.call_at(deadline, self._expire, deadline)
+        self._completions[request.request_id] = completion
+        self.stats.prompt_tokens += len(prompt_ids)
+        self._idle.clear()
+        self._wake.set()
+        return completion
+
+    async def _loop(self) -> None:
+        while True:
+            plan = self.scheduler.plan()
+            if plan is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._note_started(plan)
+            try:
+                results = list(await self._run_step(plan))
+            except Exception as error:  # whatever loses a worker ends serving, not the server
+                await self._enter(EngineState.FAILED)
+                self._fail_all(
+                    NotServingError(
+                        f"the workers failed in step {plan.step}: {_first_line(error)}",
+                        hint="see the run's log",
+                    )
+                )
+                return
+            self.stats.num_steps += 1
+            self._hand_out(results)
+
+    def _hand_out(self, results: list[Sampled]) -> None:
+        for sampled in results:
+            if math.isnan(sampled.logprob):
+                self._drop(
+                    sampled.request_id,
+                    ServerFaultError(
+                        "the model gave NaN instead of a token's probability",
+                        hint="report it with the run file and the training step",
+                    ),
+                )
+        for progress in self.scheduler.apply(results):
+            completion = self._completions[progress.request_id]
+            self.stats.generation_tokens += 1
+            if self.stats.first_token_unix_s is None:
+                self.stats.first_token_unix_s = time.time()
+            if completion.take(progress) is not None:
+                self.scheduler.remove(progress.request_id)
+                self._forget(completion, succeeded=True)
+
+    def _note_started(self, plan: StepPlan) -> None:
+        now = time.monotonic_ns()
+        for sequences in plan.owners.values():
+            for sequence in sequences:
+                if sequence.first_position == 0:
+                    self.stats.num_started += 1
+                    arrived = self._completions[sequence.request_id].arrived_ns
+                    self.stats.queued_ns += now - arrived
+
+    def _cancel(self, completion: Completion) -> None:
+        self._drop(completion.request.request_id, None)
+
+    def _expire(self, deadline: float) -> None:
+        # A timer may fire a clock tick early, and this one fires only once.
+        now = max(deadline, asyncio.get_running_loop().time())
+        for request_id in self.scheduler.expire(now):
+            self._drop(
+                request_id,
+                DeadlineError(
+                    "the request's time ran out before its completion ended",
+                    hint="allow more time or ask for fewer tokens",
+                ),
+            )
+
+    def _drop(self, request_id: str, error: RequestError | None) -> None:
+        """Frees a request's blocks and tells its reader, if it has not ended before."""
+        self.scheduler.remove(request_id)
+        completion = self._completions.get(request_id)
+        if completion is not None:
+            self._forget(completion, succeeded=False)
+            if error is not None:
+                completion.fail(error)
+
+    def _fail_all(self, error: RequestError) -> None:
+        for request_id in list(self._completions):
+            self._drop(request_id, error)
+
+    def _forget(self, completion: Completion, *, succeeded: bool) -> None:
+        del self._completions[completion.request.request_id]
+        if completion.timer is not None:
+            completion.timer.cancel()
+        took_ns = time.monotonic_ns() - completion.arrived_ns
+        if succeeded:
+            self.stats.num_succeeded += 1
+            self.stats.succeeded_ns += took_ns
+        else:
+            self.stats.num_failed += 1
+            self.stats.failed_ns += took_ns
+        self.stats.last_finished_ms = time.time_ns() // 1_000_000
+        if not self._completions:
+            self._idle.set()
+
+    async def _enter(self, state: EngineState) -> None:
+        async with self._changed:
+            self.state = state
+            self._changed.notify_all()
+
+    def _check_state(self) -> None:
+        if self.state is EngineState.SERVING:
+            return
+        if self.state is EngineState.NO_WEIGHTS:
+            raise NoWeightsError(
+                f"model {self.model_name} has no weights yet",
+                hint="wait for the first training step or load a checkpoint",
+            )
+        raise NotServingError(
+            f"model {self.model_name} does not serve now, it is {self.state}",
+            hint="watch the health service and try again",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

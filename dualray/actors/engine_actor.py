@@ -1,0 +1,83 @@
+"""The engine as a Ray actor: gRPC server, engine, and calls to the workers.
+
+Start it with `ray.remote(EngineActor)`; it keeps no tensors and no process groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from dualray.actors.completion import Weights
+from dualray.actors.engine import Engine, EngineState
+from dualray.actors.grpc_server import InferenceServer
+from dualray.data.tokenizer import Tokenizer
+from dualray.inference.plan import Owner, Sampled, StepPlan
+from dualray.inference.scheduler import Limits
+from dualray.inference.serve_config import ServeConfig
+
+
+class EngineActor:
+    """Forwards to `Engine`. Every worker handle has `run_plan(plan) -> list[Sampled]`."""
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        tokenizer: Tokenizer,
+        owners: Sequence[Owner],
+        limits: Limits,
+        config: ServeConfig,
+        workers: Sequence[Any],
+    ) -> None:
+        self._config = config
+        self._workers = tuple(workers)
+        self._engine = Engine(
+            model_name=model_name,
+            tokenizer=tokenizer,
+            owners=owners,
+            limits=limits,
+            max_request_s=config.max_request_s,
+            run_step=self._run_step,
+        )
+        self._server: InferenceServer | None = None
+
+    async def start(self) -> str:
+        """Listens, not serving yet; returns HOST:PORT. Raises ResourceError for a taken port."""
+        server = InferenceServer(self._engine)
+        target = await server.start(self._config.host, self._config.port)
+        self._server = server
+        await self._engine.start()
+        return target
+
+    async def serve(self, training_step: int, digest: str) -> None:
+        """Takes requests from now on."""
+        await self._engine.serve(Weights(training_step=training_step, digest=digest))
+
+    async def drain(self, then: str = EngineState.TRAINING) -> None:
+        """Lets accepted requests end and refuses new ones; the workers are free afterwards."""
+        await self._engine.drain(EngineState(then))
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Ends requests and closes the port."""
+        await self._engine.stop()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters and the present load, as plain values."""
+        scheduler = self._engine.scheduler
+        return {
+            "state": str(self._engine.state),
+            "num_running": scheduler.num_running,
+            "num_waiting": scheduler.num_waiting,
+            "cache_usage": scheduler.cache_usage,
+            **asdict(self._engine.weights),
+            **asdict(self._engine.stats),
+        }
+
+    async def _run_step(self, plan: StepPlan) -> list[Sampled]:
+        results = await asyncio.gather(*(w.run_plan.remote(plan) for w in self._workers))
+        return [sampled for part in results for sampled in part]

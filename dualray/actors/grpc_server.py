@@ -1,0 +1,107 @@
+"""One port with health, reflection and the inference protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from dualray.actors.engine import Engine, EngineState
+from dualray.actors.grpc_service import InferenceService
+from dualray.errors import ResourceError
+from dualray.proto import inference_pb2_grpc as pb_grpc
+
+SERVICE = "inference.GRPCInferenceService"
+
+SERVER_OPTIONS = (
+    # Two servers on one port would split the requests between them unnoticed.
+    ("grpc.so_reuseport", 0),
+    # Clients ping idle streams; the default policy would end their connections for it.
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+class InferenceServer:
+    """A listening gRPC server; the service's health follows the engine's state."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()  # pyrefly: ignore[missing-attribute]
+        self._watch: asyncio.Task[None] | None = None
+        pb_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(engine), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, host: str, port: int) -> str:
+        """Listens and returns HOST:PORT, with the port found when `port` is 0.
+
+        Raises:
+            ResourceError: the port is taken or the host is not this machine's.
+        """
+        address = f"[{host}]" if ":" in host else host
+        _check_free(host, port)
+        try:
+            port = self._server.add_insecure_port(f"{address}:{port}")
+        except RuntimeError as error:  # taken since the check
+            raise _taken(host, port) from error
+        # "" says that the process answers, the service's name whether it takes requests.
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._set_health(self._engine.state)
+        await self._server.start()
+        self._watch = asyncio.create_task(self._follow_engine(), name="health")
+        return f"{address}:{port}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls, gives running ones `grace_s` seconds, and closes the port."""
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def _follow_engine(self) -> None:
+        state = None
+        while True:
+            if state is not self._engine.state:
+                state = self._engine.state
+                await self._set_health(state)
+            await self._engine.wait_for_change(state)
+
+    async def _set_health(self, state: EngineState) -> None:
+        served = state is EngineState.SERVING
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(SERVICE, status.SERVING if served else status.NOT_SERVING)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Binds and lets go: gRPC's own failure prints lines of C++ log and no reason."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except socket.gaierror as error:
+            raise ResourceError(
+                f"serve.host is {host} and no address is known for it",
+                hint="use 127.0.0.1, or 0.0.0.0 for all addresses of this machine",
+            ) from error
+        except OSError as error:
+            raise _taken(host, port) from error
+
+
+def _taken(host: str, port: int) -> ResourceError:
+    return ResourceError(
+        f"serve.port is {port} and {host}:{port} cannot be listened on, it is taken by another "
+        "process or not this machine's",
+        hint="choose another serve.port, or 0 for a free one",
+    )

@@ -1,0 +1,85 @@
+"""How a run serves: the run file's `serve` section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dualray.errors import ConfigError
+from dualray.inference.block_pool import blocks_for
+from dualray.inference.scheduler import Limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Address and limits of the gRPC server and the inference scheduler."""
+
+    after_training: bool = True
+    """Serve from the same actors when the last step is done."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all."""
+    port: int = 50051
+    """Port to listen on; 0 takes a free one."""
+    max_batch: int = 16
+    """Sequences that one (replica, expert rank, direction) decodes together."""
+    max_context: int | None = None
+    """Longest prompt plus completion in tokens; None takes model.max_position_embeddings."""
+    block_size: int = 16
+    """Tokens per block of the latent cache."""
+    max_step_tokens: int = 2048
+    """Tokens that one (replica, expert rank, direction) runs in a step, prompts included."""
+    max_waiting: int = 1024
+    """Requests that may wait before new ones are refused."""
+    max_request_s: float = 600.0
+    """Longest time in seconds that a request may take, whatever its own deadline says."""
+
+    def __post_init__(self) -> None:
+        for field in ("max_batch", "block_size", "max_waiting"):
+            if getattr(self, field) < 1:
+                raise ConfigError(
+                    f"serve.{field} is {getattr(self, field)} and must be at least 1",
+                    hint=f"set serve.{field} to 1 or more",
+                )
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(
+                f"serve.port is {self.port} and must lie between 0 and 65535",
+                hint="choose a port, or 0 for a free one",
+            )
+        if self.max_context is not None and self.max_context < 2:
+            raise ConfigError(
+                f"serve.max_context is {self.max_context} and must hold a prompt token and a "
+                "new one",
+                hint="set it to 2 or more, or leave it out",
+            )
+        if self.max_step_tokens < self.max_batch:
+            raise ConfigError(
+                f"serve.max_step_tokens {self.max_step_tokens} is less than serve.max_batch "
+                f"{self.max_batch}, and every decoding sequence needs a token of each step",
+                hint="raise max_step_tokens or lower max_batch",
+            )
+        if self.max_request_s <= 0:
+            raise ConfigError(
+                f"serve.max_request_s is {self.max_request_s} and must be above 0",
+                hint="set it to a number of seconds such as 600",
+            )
+
+    def limits(self, max_position_embeddings: int) -> Limits:
+        """The inference scheduler's limits; the cache holds max_batch sequences of full length.
+
+        Raises:
+            ConfigError: max_context is longer than the model allows.
+        """
+        max_context = self.max_context or max_position_embeddings
+        if max_context > max_position_embeddings:
+            raise ConfigError(
+                f"serve.max_context {max_context} exceeds model.max_position_embeddings "
+                f"{max_position_embeddings}",
+                hint="lower serve.max_context or leave it out",
+            )
+        return Limits(
+            num_blocks=self.max_batch * blocks_for(max_context, self.block_size),
+            block_size=self.block_size,
+            max_batch=self.max_batch,
+            max_context=max_context,
+            max_step_tokens=self.max_step_tokens,
+            max_waiting=self.max_waiting,
+        )

@@ -1,0 +1,274 @@
+"""Serving against the training forward: same weights, same tokens, same numbers."""
+
+import pytest
+import torch
+from support.models import tiny_config, training_context, whole_model
+
+from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBatch
+from dualray.inference.plan import Owner, SampleSpec, SequencePlan, StepPlan
+from dualray.inference.request import Request, SamplingParams
+from dualray.inference.runner import StageRunner, StepRunner
+from dualray.inference.scheduler import Limits, Scheduler, owners
+from dualray.model.attention import CausalAttention
+from dualray.model.config import YarnConfig
+from dualray.model.context import ForwardContext, LatentQuery, RoutingTape
+from dualray.model.init import logical_tensors
+from dualray.model.linear import Linear
+from dualray.model.moe import LocalDispatch
+from dualray.model.stage import Stage
+
+BLOCK = 4
+# The absorbed sums run over the latent instead of the expanded keys: rounding only.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def sequence(name, ids, first, table, sample=True) -> SequencePlan:
+    spec = SampleSpec(
+        position=first + len(ids),
+        seed=0,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        logprobs=None,
+    )
+    return SequencePlan(
+        request_id=name,
+        ids=tuple(ids),
+        first_position=first,
+        block_table=tuple(table),
+        sample=spec if sample else None,
+    )
+
+
+def make_runner(stage: Stage, num_blocks=16) -> StageRunner:
+    dispatch = LocalDispatch(stage.config.n_routed_experts)
+    return StageRunner(stage, dispatch, num_blocks=num_blocks, block_size=BLOCK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_absorbed_paged_attention_equals_expanded_attention(dtype):
+    """Three sequences of odd lengths, run as prompt, prompt part plus rest, and token by token."""
+    torch.manual_seed(0)
+    H, nope, rope, v, C = 3, 10, 6, 12, 8
+    lengths = (7, 9, 5)
+    T = sum(lengths)
+    kv_b = Linear(C, H * (nope + v)).to(dtype)
+    torch.nn.init.normal_(kv_b.weight)
+    rows = {
+        "q_nope_THN": torch.randn(T, H, nope, dtype=dtype),
+        "q_rope_THR": torch.randn(T, H, rope, dtype=dtype),
+        "latent_TC": torch.randn(T, C, dtype=dtype),
+        "k_rope_TR": torch.randn(T, rope, dtype=dtype),
+    }
+
+    def query(select=slice(None)):
+        picked = {name: t[select] for name, t in rows.items()}
+        return LatentQuery(layer=3, kv_b=kv_b, softmax_scale=0.2, **picked)
+
+    ctx = ForwardContext(
+        positions_T=torch.cat([torch.arange(n) for n in lengths]),
+        seq_lens=lengths,
+        attention=CausalAttention(),
+        dispatch=LocalDispatch(1),
+    )
+    with torch.no_grad():
+        expected = CausalAttention().attend(query(), ctx)
+        cache = LatentCache(
+            [3],
+            num_blocks=9,
+            block_size=BLOCK,
+            latent_dim=C + rope,
+            dtype=dtype,
+            device=torch.device("cpu"),
+        )
+        cache.layers[3].fill_(float("nan"))  # what a reused block may hold
+        tables = ((8, 0), (3, 7, 1), (2, 5))
+        starts = (0, 7, 16)
+        done = [0, 0, 0]
+        got = torch.empty_like(expected)
+        for counts in ((7, 4, 1), (0, 4, 1), (0, 1, 1), (0, 0, 1), (0, 0, 1)):
+            sequences, picks = [], []
+            for i, count in enumerate(counts):
+                if count:
+                    first = done[i]
+                    sequences.append(sequence(str(i), [0] * count, first, tables[i]))
+                    picks += range(starts[i] + first, starts[i] + first + count)
+                    done[i] += count
+            batch = PagedBatch.build(sequences, BLOCK, torch.device("cpu"))
+            got[picks] = PagedAttention(cache, batch).attend(query(picks), ctx)
+    assert tuple(done) == lengths
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def training_logprobs(stage, ids, tape=None):
+    """Log-probability of each next token under the training forward: (len(ids) - 1,)."""
+    ctx = training_context(stage.config, (len(ids),), tape=tape)
+    with torch.no_grad():
+        ids_T = torch.tensor(ids)
+        logits = stage.logits(stage(stage.embed(ids_T, ctx), ctx), ctx)
+        return torch.log_softmax(logits, -1)[:-1].gather(1, ids_T[1:, None]).squeeze(1)
+
+
+YARN = YarnConfig(factor=4.0, original_max_position_embeddings=16, mscale_all_dim=1.0)
+
+
+@pytest.mark.parametrize("rope_scaling", [None, YARN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prefill_and_decode_give_the_training_forwards_logprobs(dtype, rope_scaling):
+    """Two requests of different length generate together, then training scores their tokens.
+
+    Training's expert choices are recorded from nothing: the tokens are few and the seed fixed,
+    no near-tie occurs.
+    """
+    config = tiny_config(rope_scaling=rope_scaling)
+    stage = whole_model(config, dtype=dtype)
+    scheduler = Scheduler(
+        owners=owners(1, 1, 1),
+        limits=Limits(
+            num_blocks=16, block_size=BLOCK, max_batch=4, max_context=32, max_step_tokens=6
+        ),
+        eos_id=None,
+    )
+    walk = StepRunner(replica=0, expert=0, stages={0: make_runner(stage)})
+    prompts = {"a": (5, 17, 3, 60, 8, 9, 11, 2), "b": (1, 2, 3)}
+    for name, prompt in prompts.items():
+        scheduler.add(
+            Request(
+                request_id=name,
+                prompt_ids=prompt,
+                params=SamplingParams(max_tokens=9),
+                seed=len(name),
+            )
+        )
+    tokens = {name: list(prompt) for name, prompt in prompts.items()}
+    served = {name: [] for name in prompts}
+    shared_steps = 0
+    while (plan := scheduler.plan()) is not None:
+        shared_steps += len(plan.sequences(Owner(0, 0, 0))) == 2
+        for progress in scheduler.apply(walk.run(plan)):
+            tokens[progress.request_id].append(progress.sampled.token_id)
+            served[progress.request_id].append(progress.sampled.logprob)
+    assert shared_steps >= 8
+    for name, prompt in prompts.items():
+        expected = training_logprobs(stage, tokens[name])[len(prompt) - 1 :]
+        assert len(expected) == 9
+        torch.testing.assert_close(
+            torch.tensor(served[name], dtype=dtype),
+            expected,
+            atol=TOLERANCE[dtype],
+            rtol=TOLERANCE[dtype],
+        )
+
+
+def test_replayed_expert_choices_are_used():
+    stage = whole_model(tiny_config())
+    ids = (5, 17, 3, 60, 8)
+    tape = RoutingTape()
+    training_logprobs(stage, ids, tape)
+    other = {layer: (choice + 1) % 8 for layer, choice in tape.choices.items()}
+    free, same, forced = (
+        make_runner(stage).run([sequence("a", ids, 0, (0, 1))], None, t).sampled[0].logprob
+        for t in (None, RoutingTape(tape.choices, replay=True), RoutingTape(other, replay=True))
+    )
+    assert free == same
+    assert forced != free
+
+
+def split_stages(config, num_stages) -> list[Stage]:
+    """The stages of the whole model, with its very values."""
+    whole = logical_tensors(whole_model(config))
+    per_stage = config.num_hidden_layers // num_stages
+    stages = []
+    for i in range(num_stages):
+        stage = Stage(config, range(i * per_stage, (i + 1) * per_stage))
+        for name, view in logical_tensors(stage).items():
+            view.copy_(whole[name])
+        stages.append(stage)
+    return stages
+
+
+class Mailbox:
+    """Transport between two workers walked in turn: what was sent waits until it is fetched."""
+
+    def __init__(self):
+        self.boxes = {}
+
+    def send(self, direction, hidden_TD):
+        assert direction not in self.boxes
+        self.boxes[direction] = hidden_TD
+
+    def receive(self, direction, shape, dtype):
+        hidden = self.boxes.pop(direction)
+        assert (tuple(hidden.shape), hidden.dtype) == (shape, dtype)
+        return hidden
+
+    def drain(self):
+        pass
+
+
+def test_two_stages_give_what_one_gives():
+    config = tiny_config(num_nextn_predict_layers=0)
+    prompt = sequence("a", (5, 17, 3, 60, 8), 0, (1, 4))
+    plan = StepPlan(step=1, owners={Owner(0, 0, 0): (prompt,)})
+    (expected,) = StepRunner(replica=0, expert=0, stages={0: make_runner(whole_model(config))}).run(
+        plan
+    )
+    first, last = split_stages(config, 2)
+    mail = Mailbox()
+    one = StepRunner(replica=0, expert=0, stages={0: make_runner(first)}, transport=mail)
+    two = StepRunner(replica=0, expert=0, stages={0: make_runner(last)}, transport=mail)
+    assert one.run(plan) == []
+    assert two.run(plan) == [expected]
+
+
+def test_a_worker_runs_its_early_stage_first_so_that_mirrors_do_not_wait_for_each_other():
+    config = tiny_config(num_nextn_predict_layers=0)
+    order = []
+
+    class Watched(StageRunner):
+        def run(self, sequences, hidden_TD, tape=None):
+            order.append(self.stage.layer_range.start)
+            return super().run(sequences, hidden_TD, tape)
+
+    def held():
+        first, last = split_stages(config, 2)
+        dispatch = LocalDispatch(config.n_routed_experts)
+        return [Watched(s, dispatch, num_blocks=4, block_size=BLOCK) for s in (first, last)]
+
+    mail = Mailbox()
+    (a0, a1), (b0, b1) = held(), held()
+    mirror = StepRunner(replica=0, expert=0, stages={1: b0, 0: b1}, transport=mail)
+    plan = StepPlan(
+        step=1,
+        owners={Owner(0, 0, d): (sequence(f"r{d}", (5, 6, 7), 0, (0,)),) for d in (0, 1)},
+    )
+    mail.boxes[1] = torch.zeros(3, config.hidden_size)  # as if the mirror had sent already
+    worker = StepRunner(replica=0, expert=0, stages={1: a1, 0: a0}, transport=mail)
+    assert [s.request_id for s in worker.run(plan)] == ["r1"]
+    assert [s.request_id for s in mirror.run(plan)] == ["r0"]
+    assert order == [0, 2, 0, 2]
+
+
+def test_a_worker_without_sequences_runs_on_zero_tokens():
+    """Its expert ranks' exchange needs it; nothing is sent or received, nothing is sampled."""
+    config = tiny_config(num_nextn_predict_layers=0)
+    dispatched = []
+
+    class Counting(LocalDispatch):
+        def dispatch(self, layer, x_TD, routing):
+            dispatched.append((layer, x_TD.shape[0]))
+            return super().dispatch(layer, x_TD, routing)
+
+    plan = StepPlan(step=1, owners={Owner(0, 0, 0): (sequence("a", (1, 2), 0, (0,)),)})
+    for stage in split_stages(config, 2):
+        runner = StageRunner(stage, Counting(8), num_blocks=4, block_size=BLOCK)
+        idle = StepRunner(replica=0, expert=1, stages={0: runner})
+        assert idle.run(plan) == []
+    assert dispatched == [(1, 0), (2, 0), (3, 0)]
+
+
+def test_a_replica_without_work_does_nothing():
+    plan = StepPlan(step=1, owners={Owner(1, 0, 0): (sequence("a", (1, 2), 0, (0,)),)})
+    runner = make_runner(whole_model(tiny_config()))
+    assert StepRunner(replica=0, expert=0, stages={0: runner}).run(plan) == []
