@@ -54,7 +54,7 @@ def list_files(sources: Iterable[str]) -> list[SourceFile]:
     """
     files: list[SourceFile] = []
     for source in sources:
-        files.extend(_expand(str(source)))
+        files.extend(_expand(source))
     if not files:
         raise DataError("no source was given", hint="name at least one file or folder")
     seen: set[str] = set()
