@@ -152,7 +152,8 @@ def _progress(outlook: autoscaler.Outlook | None, cluster: ClusterConfig, asked:
     room = count_room(_free(), cluster)
     line = (
         f"waiting up to {cluster.wait_for_resources_s:g} s for the autoscaler to bring {asked}; "
-        f"{room.num_nodes} nodes have room for {room.num_workers} now"
+        f"{_many(room.num_nodes, 'node')} "
+        f"with room for {_many(room.num_workers, 'worker')} now"
     )
     if outlook is None or not outlook.coming:
         return line
@@ -163,22 +164,26 @@ def _progress(outlook: autoscaler.Outlook | None, cluster: ClusterConfig, asked:
 def _does_not_fit(num_workers: int, cluster: ClusterConfig, why: str) -> ResourceError:
     room = count_room(_free(), cluster)
     fits = (
-        f"fits: {room.num_workers} workers, e.g. {fitting_layout(room.num_workers)}"
+        f"fits: {_many(room.num_workers, 'worker')}, e.g. {fitting_layout(room.num_workers)}"
         if room.num_workers
         else "no worker fits: add nodes, or lower cluster.cpus_per_worker or gpus_per_worker"
     )
-    nodes = "1 node" if room.num_nodes == 1 else f"{room.num_nodes} nodes"
     return ResourceError(
-        f"the layout needs {_asked(num_workers, cluster)}, the cluster has {room.cpus:g} CPUs and "
-        f"{room.gpus:g} GPUs free on {nodes}, and {why}",
+        f"the layout needs {_asked(num_workers, cluster)}, the cluster has "
+        f"{_many(room.cpus, 'CPU')} and {_many(room.gpus, 'GPU')} free on "
+        f"{_many(room.num_nodes, 'node')}, and {why}",
         hint=fits,
     )
 
 
 def _asked(num_workers: int, cluster: ClusterConfig) -> str:
-    parts = [f"{cluster.cpus_per_worker:g} CPUs"] if cluster.cpus_per_worker else []
-    parts += [f"{cluster.gpus_per_worker:g} GPUs"] if cluster.gpus_per_worker else []
-    return f"{num_workers} workers x ({', '.join(parts)})"
+    each = (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker))
+    parts = ", ".join(_many(amount, name) for name, amount in each if amount)
+    return f"{_many(num_workers, 'worker')} x ({parts})"
+
+
+def _many(amount: float, noun: str) -> str:
+    return f"{amount:g} {noun}" if amount == 1 else f"{amount:g} {noun}s"
 
 
 def _fits_when_idle(num_workers: int, cluster: ClusterConfig) -> bool:

@@ -1,10 +1,10 @@
 """A real Ray head for tests, apart from every other Ray on the machine.
 
-`ray_head(...)` runs `ray start --head` with its own temporary folder and free ports and ends exactly
-the processes it started, by id; `ray stop` would end every Ray of the machine. With `autoscaling`,
-the head runs Ray's real autoscaler over the fake multi-node provider, whose "nodes" are raylets
-on this machine. (`ray.cluster_utils.AutoscalingCluster` wants a file the wheel does not carry, and
-calls `ray stop`.)
+`ray_head(...)` runs `ray start --head` with its own temporary folder and free ports, and ends
+exactly the processes it started, by id; `ray stop` would end every Ray of the machine. With
+`nodes`, the head runs Ray's real autoscaler over the fake multi-node provider, whose "nodes" are
+raylets on this machine. (`ray.cluster_utils.AutoscalingCluster` wants a file the wheel does not
+carry, and calls `ray stop`.)
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _autoscaling(nodes: FakeNodes, gcs_address: str, head_cpus: int) -> dict[str
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "gcs_address": gcs_address,
             "head_node_id": _HEAD_NODE_ID,
-            "launch_multiple": True,
+            "launch_multiple": nodes.version == 2,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
