@@ -21,8 +21,8 @@ from dualray.parallel.trainer import Trainer
 EMBEDDING_LOGICAL = f"model.{EMBEDDING}"
 
 
-def pieces(trainer: Trainer) -> Iterator[Piece]:
-    """What this rank writes; over the world every element of the state comes once."""
+def weight_pieces(trainer: Trainer) -> Iterator[Piece]:
+    """Weights and biases that this rank is the first to hold."""
     held, groups = trainer.held, trainer.groups
     experts = held.expert_parameters()
     slices = held.slices()
@@ -34,6 +34,11 @@ def pieces(trainer: Trainer) -> Iterator[Piece]:
         for part in slices[name]:
             values = flat[part.start : part.start + part.numel]
             yield Piece(name=part.name, shape=part.shape, start=0, tensor=values)
+
+
+def pieces(trainer: Trainer) -> Iterator[Piece]:
+    """What this rank writes; over the world every element of the state comes once."""
+    yield from weight_pieces(trainer)
     for name, kind, start, values in trainer.optimizer.state_pieces():
         for part, part_start, chunk in _cut(_slices_of(trainer, name), start, values):
             yield Piece(

@@ -1,0 +1,205 @@
+"""The actor at one coordinate of the layout: a trainer, then a server, with one set of weights.
+
+Thin on purpose: state plus forwarded calls. What the calls do is tested without Ray in the
+layers below. Ray runs an actor's calls in order on one thread, which is what a process
+group demands.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import ray
+import torch
+import xxhash
+
+from dualray.checkpoint import trainer_state
+from dualray.checkpoint.attached_files import file_pieces
+from dualray.checkpoint.reader import Reader
+from dualray.checkpoint.writer import RankFiles, write_rank
+from dualray.data.dataset import TokenDataset
+from dualray.data.loader import Loader
+from dualray.errors import RunError
+from dualray.inference.plan import Sampled, StepPlan
+from dualray.inference.runner import PipelineTransport, StageRunner, StepRunner
+from dualray.inference.scheduler import Limits
+from dualray.model.config import ModelConfig
+from dualray.parallel.groups import Rendezvous
+from dualray.parallel.layout import Layout
+from dualray.parallel.placement import ExpertPlacement
+from dualray.parallel.train_config import TrainConfig
+from dualray.parallel.trainer import HeldOut, StepResult, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """What every worker of a run is told; only the rank differs."""
+
+    model: ModelConfig
+    layout: Layout
+    train: TrainConfig
+    placement: ExpertPlacement
+    data_path: str | None
+    """Token shards; None for a run that only serves."""
+    tokenizer_path: str
+    """Folder of the tokenizer, which rank 0 puts into checkpoints."""
+    seed: int
+    threads: int
+    """Torch threads of the worker; one on small machines, since GEMM bits depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerInfo:
+    """Where a worker lives."""
+
+    rank: int
+    pid: int
+    node: str
+    """Address of its node."""
+
+
+class StageWorker:
+    """Holds the stages and expert group of one rank; see the methods' owners for what they do."""
+
+    def __init__(self, spec: WorkerSpec, rank: int) -> None:
+        self.spec, self.rank = spec, rank
+        self.node = ray.util.get_node_ip_address()
+        self._trainer: Trainer | None = None
+        self._loader: Loader | None = None
+        self._runner: StepRunner | None = None
+        torch.set_num_threads(spec.threads)
+
+    def info(self) -> WorkerInfo:
+        return WorkerInfo(rank=self.rank, pid=os.getpid(), node=self.node)
+
+    def propose_port(self) -> int:
+        """A free port on this worker's node, for a rendezvous that rank 0 hosts."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return probe.getsockname()[1]
+
+    def start(self, rendezvous: Rendezvous) -> None:
+        """Build stages and join the other workers. A collective."""
+        os.environ["GLOO_SOCKET_IFNAME"] = _interface_of(
+            rendezvous.host if rendezvous.host == "127.0.0.1" else self.node
+        )
+        spec = self.spec
+        if spec.data_path is not None:
+            self._loader = Loader(
+                TokenDataset.open(spec.data_path, verify=self.rank == 0),
+                seed=spec.seed,
+                seq_len=spec.train.seq_len,
+                depths=spec.model.num_nextn_predict_layers,
+            )
+        self._trainer = Trainer(
+            model=spec.model,
+            layout=spec.layout,
+            train=spec.train,
+            placement=spec.placement,
+            rank=self.rank,
+            rendezvous=rendezvous,
+            seed=spec.seed,
+        )
+
+    @property
+    def trainer(self) -> Trainer:
+        assert self._trainer is not None, "start comes first"
+        return self._trainer
+
+    @property
+    def loader(self) -> Loader:
+        assert self._loader is not None, "this run has no data"
+        return self._loader
+
+    def restore(self, checkpoint: str, step: int) -> None:
+        """Weights and optimizer state after `step` optimizer steps."""
+        trainer_state.restore(self.trainer, Reader(Path(checkpoint)), step=step)
+
+    def restore_weights(self, checkpoint: str) -> None:
+        """Weights alone, for a warm start or for serving."""
+        trainer_state.restore_weights(self.trainer, Reader(Path(checkpoint)))
+
+    def step(self, step: int, with_spans: bool) -> StepResult:
+        """One optimizer step. A collective."""
+        result = self.trainer.step(step, self.loader)
+        if not with_spans:
+            result.spans.clear()
+        return result
+
+    def evaluate(self, num_batches: int | None) -> HeldOut:
+        """Held-out loss over so many global batches, or all of them. A collective."""
+        available = self.loader.num_batches(self.trainer.slicer.global_sequences)
+        count = available if num_batches is None else min(num_batches, available)
+        return self.trainer.evaluate(self.loader, count)
+
+    def write_checkpoint(self, folder: str) -> RankFiles:
+        """This rank's share of a checkpoint, into a temporary folder that the controller made."""
+        pieces = trainer_state.pieces(self.trainer)
+        if self.rank == 0:
+            tokenizer = file_pieces(Path(self.spec.tokenizer_path), "tokenizer")
+            pieces = itertools.chain(pieces, tokenizer)
+        return write_rank(Path(folder), self.rank, pieces)
+
+    def digest(self) -> str:
+        """xxh3 over the weights that this rank is the first to hold."""
+        digest = xxhash.xxh3_128()
+        for piece in trainer_state.weight_pieces(self.trainer):
+            digest.update(piece.name.encode())
+            digest.update(piece.tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def start_serving(self, limits: Limits) -> WorkerInfo:
+        """Take a latent cache beside the weights that training left; nothing is copied."""
+        trainer = self.trainer
+        stages = {
+            direction: StageRunner(
+                trainer.held.stages[stage],
+                trainer.dispatches[direction],
+                num_blocks=limits.num_blocks,
+                block_size=limits.block_size,
+            )
+            for direction, stage in enumerate(trainer.schedule.stage_of[trainer.at.pipeline])
+        }
+        self._runner = StepRunner(
+            replica=trainer.at.replica,
+            expert=trainer.at.expert,
+            stages=stages,
+            transport=PipelineTransport(
+                trainer.links, trainer.schedule, trainer.at.pipeline, trainer.device
+            ),
+        )
+        return self.info()
+
+    def stop_serving(self) -> None:
+        """Give the latent cache back."""
+        self._runner = None
+
+    def run_plan(self, plan: StepPlan) -> list[Sampled]:
+        """One inference step. A collective over the replica's workers."""
+        if self._runner is None:
+            raise RunError(
+                f"worker {self.rank} does not serve", hint="switch the run to serving first"
+            )
+        return self._runner.run(plan)
+
+    def stop(self) -> None:
+        """Leave the groups, so that peers do not wait for a process that is going away."""
+        if self._trainer is not None:
+            self._trainer.close()
+            self._trainer = None
+
+
+def _interface_of(address: str) -> str:
+    """Name of the network interface that has `address`; gloo would guess by host name."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            return name
+    raise RunError(
+        f"no network interface of this node has the address {address}",
+        hint="start Ray with the --node-ip-address of an interface that the other nodes reach",
+    )

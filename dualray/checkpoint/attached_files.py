@@ -1,0 +1,33 @@
+"""Small files that travel inside a checkpoint, hashed like its tensors (the tokenizer)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dualray.checkpoint.reader import Reader
+from dualray.checkpoint.writer import Piece
+from dualray.errors import CheckpointError
+
+
+def file_pieces(folder: Path, prefix: str) -> Iterator[Piece]:
+    """Every file directly in `folder` as a uint8 tensor named `PREFIX/FILE`."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            yield Piece.whole(f"{prefix}/{path.name}", content)
+
+
+def restore_files(reader: Reader, prefix: str, folder: Path) -> None:
+    """Write the files back. Raises CheckpointError if the checkpoint has none under `prefix`."""
+    names = [name for name in reader.names() if name.startswith(f"{prefix}/")]
+    if not names:
+        raise CheckpointError(
+            f"the checkpoint holds no {prefix} files", hint="use one that `dualray train` wrote"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        content = reader.read(name).numpy().tobytes()
+        (folder / name.removeprefix(f"{prefix}/")).write_bytes(content)

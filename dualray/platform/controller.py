@@ -1,0 +1,296 @@
+"""The controller: an actor that starts, steps, switches and stops the workers of one run.
+
+Clients (the command line) create it, read its events and tell it to stop. Tensors never
+pass through it; it makes one call per worker and step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import xxhash
+from ray.util.placement_group import PlacementGroup
+
+from dualray.actors.cluster import NAMESPACE, Connection
+from dualray.actors.engine_actor import EngineActor
+from dualray.actors.gang import Gang, WorkerLostError
+from dualray.actors.stage_worker import WorkerSpec
+from dualray.checkpoint.attached_files import restore_files
+from dualray.checkpoint.reader import Reader
+from dualray.data.dataset import TokenDataset
+from dualray.data.tokenizer import load_tokenizer
+from dualray.data.yardsticks import yardsticks
+from dualray.errors import DualrayError
+from dualray.inference.plan import Owner
+from dualray.parallel.placement import contiguous_placement
+from dualray.platform.client import Client
+from dualray.platform.events import Event, EventLog, Note, StateChange
+from dualray.platform.folder import RunFolder
+from dualray.platform.metrics import MetricsLog, Switch, Yardsticks
+from dualray.platform.run_file import RunFile, to_mapping
+from dualray.platform.states import RunState, check_transition
+from dualray.platform.training import Training
+from dualray.schedule.make import make_schedule
+
+ON_HEAD_NODE = {"node:__internal_head__": 0.001}
+"""Pins controller and engine to the head node, which a Kubernetes Service can select."""
+
+_FIRST_REQUEST_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What a controller is asked to do."""
+
+    run: RunFile
+    folder: RunFolder
+    trains: bool
+    """False to serve a checkpoint only."""
+    restore_from: Path | None = None
+    """Checkpoint to start from."""
+    first_step: int = 0
+    """Optimizer steps already done: those of a resumed checkpoint, or of a served one."""
+    resumes: bool = False
+    """Take optimizer state and step from `restore_from`; otherwise its weights only."""
+
+
+class Controller:
+    """See the module. `run` occupies one thread of the actor, the others answer clients."""
+
+    def __init__(
+        self, assignment: Assignment, group: PlacementGroup, connection: Connection
+    ) -> None:
+        self._a = assignment
+        self._group = group
+        self._connection = connection
+        self._events = EventLog()
+        self._state = RunState.STARTING
+        self._stop = threading.Event()
+        self._gang: Gang | None = None
+        self._engine: Any = None
+        self._target: str | None = None
+        self._training: Training | None = None
+        self._run_id = uuid.uuid4().hex[:12]
+
+    def poll(self, first: int, timeout_s: float) -> list[Event]:
+        """Events from number `first` on; waits for one up to `timeout_s`."""
+        return self._events.read(first, timeout_s)
+
+    def stop(self) -> None:
+        """Ask the run to end: after the present step, with a committed checkpoint."""
+        self._stop.set()
+
+    def status(self) -> dict[str, Any]:
+        """What `dualray status` shows."""
+        done = self._a.first_step if self._training is None else self._training.steps_done
+        return self._snapshot() | {"step": done, "steps": self._a.run.train.steps}
+
+    def run(self) -> None:
+        """The whole life of the run; errors become the final state's reason."""
+        try:
+            self._live()
+            self._enter(RunState.STOPPING)
+            self._release()
+            self._enter(RunState.STOPPED)
+        except Exception as error:
+            reason = self._explain(error)
+            self._release()
+            self._enter(RunState.FAILED, reason)
+
+    def _live(self) -> None:
+        run = self._a.run
+        gang = self._gang = Gang.start(self._spec(), run.cluster, self._group, run.name)
+        tokenizer_source = self._prepare_tokenizer()
+        if run.serve.after_training:
+            self._start_engine(tokenizer_source)
+        self._a.folder.create(to_mapping(run))
+        self._write_state()
+        if self._a.restore_from is not None:
+            path = str(self._a.restore_from)
+            if self._a.resumes:
+                gang.call("restore", path, self._a.first_step)
+            else:
+                gang.call("restore_weights", path)
+        ended = time.time()
+        if self._a.trains:
+            ended = self._train(gang)
+        if run.serve.after_training and not self._stop.is_set():
+            self._serve(gang, ended)
+            self._stop.wait()
+
+    def _spec(self) -> WorkerSpec:
+        run = self._a.run
+        return WorkerSpec(
+            model=run.model,
+            layout=run.layout,
+            train=run.train,
+            placement=contiguous_placement(run.model.n_routed_experts, run.layout.experts),
+            data_path=str(Path(run.data.path).absolute()) if self._a.trains else None,
+            tokenizer_path=str(self._a.folder.tokenizer),
+            seed=run.seed,
+            threads=max(1, int(run.cluster.cpus_per_worker)),
+        )
+
+    def _prepare_tokenizer(self) -> Path:
+        """Put the tokenizer into the run's folder, from where checkpoints take it."""
+        folder = self._a.folder.tokenizer
+        if self._a.trains:
+            folder.mkdir(parents=True, exist_ok=True)
+            TokenDataset.open(self._a.run.data.path, verify=False).tokenizer().save(folder)
+        else:
+            assert self._a.restore_from is not None
+            restore_files(Reader(self._a.restore_from), "tokenizer", folder)
+        return folder
+
+    def _start_engine(self, tokenizer_folder: Path) -> None:
+        """Listen before training starts: a taken port must not be found out at its end."""
+        assert self._gang is not None
+        run = self._a.run
+        schedule = make_schedule(run.layout.schedule, run.layout.pipeline, run.train.micro_batches)
+        owners = [
+            Owner(replica=replica, expert=expert, direction=direction)
+            for replica in range(run.layout.replicas)
+            for expert in range(run.layout.experts)
+            for direction in range(schedule.num_directions)
+        ]
+        actor: Any = ray.remote(EngineActor)
+        self._engine = actor.options(
+            name=f"{run.name}.engine",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=0,
+            resources=ON_HEAD_NODE,
+        ).remote(
+            model_name=run.name,
+            tokenizer=load_tokenizer(tokenizer_folder),
+            owners=owners,
+            limits=run.serve.limits(run.model.max_position_embeddings),
+            config=run.serve,
+            workers=self._gang.workers,
+        )
+        listening: str = ray.get(self._engine.start.remote())
+        # Whoever listens on every address is reached at this node's own.
+        host, _, port = listening.rpartition(":")
+        if host in ("0.0.0.0", "[::]"):
+            host = ray.util.get_node_ip_address()
+        self._target = f"{host}:{port}"
+
+    def _train(self, gang: Gang) -> float:
+        folder = self._a.folder
+        log = (
+            MetricsLog.resume(folder.metrics, self._a.first_step)
+            if self._a.resumes
+            else MetricsLog.create(folder.metrics)
+        )
+        self._enter(RunState.TRAINING)
+        with log:
+            self._training = Training(
+                self._a.run,
+                gang,
+                folder,
+                self._events,
+                log,
+                dataset=TokenDataset.open(self._a.run.data.path, verify=False),
+                first_step=self._a.first_step,
+            )
+            self._training.run(self._stop.is_set)
+        return self._training.last_step_ended
+
+    def _serve(self, gang: Gang, training_ended: float) -> None:
+        before = [info.pid for info in gang.infos]
+        self._enter(RunState.SWITCHING)
+        started = time.time()
+        limits = self._a.run.serve.limits(self._a.run.model.max_position_embeddings)
+        gang.call("start_serving", limits)
+        digest = combined_digest(gang.call("digest"))
+        step = self._a.first_step if self._training is None else self._training.steps_done
+        ray.get(self._engine.serve.remote(step, digest))
+        assert self._target is not None
+        first_token = _first_token_at(self._target, run_name=self._a.run.name)
+        after = gang.pids()
+        self._enter(RunState.SERVING)
+        self._events.append(
+            Note(f"serving at {self._target} from worker processes {', '.join(map(str, after))}")
+        )
+        if self._training is None:
+            return
+        total, switch = first_token - training_ended, first_token - started
+        self._events.append(
+            Note(
+                f"first token {total:.1f} s after the last optimizer step ({switch:.1f} s for the "
+                "switch itself, before it held-out evaluation and checkpoint)"
+            )
+        )
+        with MetricsLog.resume(self._a.folder.metrics, step) as log:
+            log.append(
+                Switch(seconds_to_first_token=total, workers_before=before, workers_after=after)
+            )
+            sticks = yardsticks(TokenDataset.open(self._a.run.data.path, verify=False))
+            log.append(Yardsticks(**sticks))
+
+    def _release(self) -> None:
+        """End every process of the run and give its reservation back."""
+        if self._engine is not None:
+            try:
+                ray.get(self._engine.stop.remote(), timeout=10)
+            except Exception as error:  # it must not keep the workers from ending
+                self._events.append(Note(f"the engine did not stop cleanly: {error}", warning=True))
+            ray.kill(self._engine)
+        if self._gang is not None:
+            self._gang.stop()
+        ray.util.remove_placement_group(self._group)
+
+    def _explain(self, error: Exception) -> str:
+        if not isinstance(error, DualrayError):
+            return f"{type(error).__name__}: {error}"
+        if not isinstance(error, WorkerLostError):
+            return str(error)
+        last = None if self._training is None else self._training.last_checkpoint
+        if last is None:
+            return f"{error.sentence}; no checkpoint was committed, start the run again."
+        return (
+            f"{error.sentence}; the last committed checkpoint is {last}, continue from it with "
+            "--resume."
+        )
+
+    def _enter(self, state: RunState, reason: str = "") -> None:
+        check_transition(self._state, state)
+        self._state = state
+        if self._a.folder.path.is_dir():
+            self._write_state()
+        self._events.append(StateChange(state, reason))
+
+    def _snapshot(self) -> dict[str, Any]:
+        infos = [] if self._gang is None else self._gang.infos
+        return {
+            "run_id": self._run_id,
+            "name": self._a.run.name,
+            "state": str(self._state),
+            "address": self._connection.address,
+            "target": self._target if self._state is RunState.SERVING else None,
+            "workers": [{"rank": i.rank, "pid": i.pid, "node": i.node} for i in infos],
+        }
+
+    def _write_state(self) -> None:
+        token = None if self._state.is_final else self._connection.auth_token
+        self._a.folder.write_state(self._snapshot() | {"auth_token": token})
+
+
+def _first_token_at(target: str, run_name: str) -> float:
+    """Ask for one token over gRPC as any client would; when it came, seconds of the epoch."""
+    with Client(target) as client:
+        sampling = {"max_tokens": 1, "ignore_eos": True, "temperature": 0}
+        for _ in client.generate("\n", sampling, model=run_name, timeout_s=_FIRST_REQUEST_LIMIT_S):
+            pass
+    return time.time()
+
+
+def combined_digest(digests: list[str]) -> str:
+    """One digest of the workers' own."""
+    return xxhash.xxh3_128("".join(digests).encode()).hexdigest()

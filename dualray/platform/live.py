@@ -1,0 +1,67 @@
+"""Reaching the controller of a run that another process started."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from dualray.actors.cluster import NAMESPACE, attach
+from dualray.errors import RunError
+from dualray.platform.folder import RunFolder
+from dualray.platform.states import RunState
+
+_POLL_S = 0.2
+
+
+def look(folder: RunFolder) -> dict[str, Any]:
+    """The run's present state; a run whose controller is gone without a word is `lost`."""
+    state = _public(folder.read_state())
+    if RunState(state["state"]).is_final:
+        return state
+    try:
+        with _controller(folder) as controller:
+            return ray.get(controller.status.remote(), timeout=10)
+    except RunError:
+        return state | {"state": "lost", "target": None}
+
+
+def end(folder: RunFolder, timeout_s: float) -> str:
+    """Stop the run and wait until it has ended; says how."""
+    state = folder.read_state()
+    name = state["name"]
+    if RunState(state["state"]).is_final:
+        return f"run {name} has ended already ({state['state']})"
+    with _controller(folder) as controller:
+        ray.get(controller.stop.remote(), timeout=10)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            state = folder.read_state()
+            if RunState(state["state"]).is_final:
+                return f"run {name} is {state['state']}"
+            time.sleep(_POLL_S)
+    raise RunError(
+        f"run {name} is still {state['state']} after {timeout_s:g} s", hint="wait and look again"
+    )
+
+
+@contextmanager
+def _controller(folder: RunFolder) -> Iterator[Any]:
+    state = folder.read_state()
+    connection = attach(state["address"], state.get("auth_token"))
+    try:
+        yield ray.get_actor(f"{state['name']}.controller", namespace=NAMESPACE)
+    except ValueError:
+        raise RunError(
+            f"run {state['name']} has no controller at {state['address']}",
+            hint="it has ended; continue it with dualray train --resume",
+        ) from None
+    finally:
+        connection.close()
+
+
+def _public(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != "auth_token"}
