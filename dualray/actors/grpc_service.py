@@ -91,7 +91,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         try:
             self._check_model(request.model_name, request.model_version)
             call = parse_call(request, one_answer=True)
-            completion = self._submit(call, context)
+            completion = self._submit(call)
             async with aclosing(self._answers(call, completion)) as answers:
                 return await anext(answers)
         except Exception as error:
@@ -114,7 +114,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         try:
             async with asyncio.TaskGroup() as group:
                 async for request in request_iterator:
-                    group.create_task(self._stream(request, context, write, as_status))
+                    group.create_task(self._stream(request, write, as_status))
         except* _StreamFailedError as failed:
             first = failed.exceptions[0]
             while isinstance(first, BaseExceptionGroup):
@@ -125,14 +125,13 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
     async def _stream(
         self,
         request: pb.ModelInferRequest,
-        context: Context,
         write: Callable[[pb.ModelStreamInferResponse], Awaitable[None]],
         as_status: bool,
     ) -> None:
         try:
             self._check_model(request.model_name, request.model_version)
             call = parse_call(request, one_answer=False)
-            completion = self._submit(call, context)
+            completion = self._submit(call)
             async for response in self._answers(call, completion):
                 await write(pb.ModelStreamInferResponse(infer_response=response))
         except RequestError as error:
@@ -146,9 +145,9 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             response.infer_response.parameters["triton_final_response"].bool_param = True
             await write(response)
 
-    def _submit(self, call: InferCall, context: Context) -> Completion:
-        times = [t for t in (context.time_remaining(), call.timeout_s) if t is not None]
-        return self._engine.submit(call.prompt, call.params, min(times, default=None))
+    def _submit(self, call: InferCall) -> Completion:
+        # The call's own deadline is gRPC's: at its end both sides cancel, whoever is alive.
+        return self._engine.submit(call.prompt, call.params, call.timeout_s)
 
     async def _answers(
         self, call: InferCall, completion: Completion

@@ -1,0 +1,381 @@
+"""The served protocol, as tritonclient (in its own process) and plain gRPC see it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.serving import LIMITS, Served, serving
+
+from dualray.actors.grpc_server import SERVICE, InferenceServer
+from dualray.errors import ResourceError
+from dualray.inference.plan import Owner
+from dualray.proto import inference_pb2 as pb
+from dualray.proto import inference_pb2_grpc as pb_grpc
+
+PEER = Path(__file__).with_name("triton_peer.py")
+OWNER = Owner(0, 0, 0)
+
+
+def start_peer(scenario: str, target: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(PEER), scenario, target],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end_peer(process: subprocess.Popen) -> dict:
+    out, err = process.communicate("\n", timeout=120)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def peer(scenario: str, target: str) -> dict:
+    return end_peer(start_peer(scenario, target))
+
+
+def call(**changes) -> pb.ModelInferRequest:
+    """A request with typed contents; `sampling` in the message's own parameters."""
+    request = pb.ModelInferRequest(model_name="tiny", id=changes.pop("id", ""))
+    prompt = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+    prompt.contents.bytes_contents.append(changes.pop("prompt", "ab").encode())
+    for name in [n for n, v in changes.items() if isinstance(v, bool)]:
+        tensor = request.inputs.add(name=name, datatype="BOOL", shape=[1])
+        tensor.contents.bool_contents.append(changes.pop(name))
+    for name, value in changes.items():
+        request.parameters[name].string_param = str(value)
+    return request
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A serving server for tests that leave it as they found it."""
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture
+def served():
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture
+def stub(request):
+    """Stub of whichever server the test uses."""
+    name = "served" if "served" in request.fixturenames else "shared"
+    with grpc.insecure_channel(request.getfixturevalue(name).target) as channel:
+        yield pb_grpc.GRPCInferenceServiceStub(channel)
+
+
+def test_tritonclient_streams_completions(shared):
+    answer = peer("stream", shared.target)
+    by_id = {i: [m for m in answer["messages"] if m["id"] == i] for i in "12"}
+    for request_id, prompt in (("1", "ab"), ("2", "xyz")):
+        messages = by_id[request_id]
+        parts = [m for m in messages if "text_output" in m]
+        assert "".join(m["text_output"] for m in parts) == answer["unary"][prompt]
+        assert sum(m["num_output_tokens"] for m in parts) == 6
+        assert {m["num_input_tokens"] for m in parts} == {len(prompt)}
+        assert [m["finish_reason"] for m in parts] == [""] * (len(parts) - 1) + ["length"]
+        assert {m["version"] for m in messages} == {"7"}
+        logprobs = [entry for m in parts for entry in json.loads(m["logprobs"])]
+        assert len(logprobs) == 6
+        total = sum(choice["logprob"] for entry in logprobs for choice in entry.values())
+        # The wire carries fp32.
+        assert parts[-1]["cumulative_logprob"] == pytest.approx(total, abs=1e-4)
+    # The mark comes with the last text, or in a message of its own for those who asked.
+    assert [m["final"] for m in by_id["1"]] == [False] * (len(by_id["1"]) - 1) + [True]
+    assert by_id["1"][-1]["finish_reason"] == "length"
+    assert [m["final"] for m in by_id["2"]] == [False] * (len(by_id["2"]) - 1) + [True]
+    assert "text_output" not in by_id["2"][-1]
+    assert answer["with_prompt"] == "ab" + answer["unary"]["ab"]
+
+
+def test_tritonclient_learns_what_is_served(shared):
+    answer = peer("describe", shared.target)
+    assert (answer["live"], answer["ready"]) == (True, True)
+    assert (answer["model_ready"], answer["other_ready"]) == (True, False)
+    assert answer["server"]["name"] == "dualray"
+    assert answer["model"]["versions"] == ["7"]
+    assert answer["model"]["inputs"][0] == {
+        "name": "text_input",
+        "datatype": "BYTES",
+        "shape": ["1"],
+    }
+    assert answer["decoupled"] is True
+    assert answer["inputs"][:2] == [
+        ["text_input", pb.TYPE_STRING, [1], False],
+        ["stream", pb.TYPE_BOOL, [1], True],
+    ]
+    assert answer["index"]["models"] == [{"name": "tiny", "version": "7", "state": "READY"}]
+    assert answer["statistics"]["model_stats"][0]["name"] == "tiny"
+
+
+def test_tritonclient_cancels_and_the_blocks_are_free(served):
+    served.hold()
+    process = start_peer("cancel", served.target)
+    assert process.stdout.readline() == "sent\n"
+    served.until(lambda: served.engine.scheduler.num_running == 1)
+    assert served.engine.scheduler.free_blocks()[OWNER] < LIMITS.num_blocks
+    assert end_peer(process) == {"cancelled": True}
+    served.until(lambda: served.engine.scheduler.num_running == 0)
+    assert served.engine.scheduler.free_blocks() == {OWNER: LIMITS.num_blocks}
+    assert served.engine.stats.num_failed == 1
+    # The step that was in flight ends, and the server goes on.
+    served.hold(False)
+    with grpc.insecure_channel(served.target) as channel:
+        response = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer(call(max_tokens=1))
+    assert response.id == ""
+
+
+def test_tritonclient_gets_deadline_exceeded(served):
+    served.hold()
+    answer = peer("deadline", served.target)
+    assert answer["streamed"]["status"] == "StatusCode.DEADLINE_EXCEEDED"
+    assert answer["unary"]["status"] == "StatusCode.DEADLINE_EXCEEDED"
+    assert answer["own"] == {
+        "status": "StatusCode.DEADLINE_EXCEEDED",
+        "error": "the request's time ran out before its completion ended; allow more time or "
+        "ask for fewer tokens.",
+    }
+    served.until(lambda: served.engine.scheduler.num_running == 0)
+    assert served.engine.scheduler.free_blocks() == {OWNER: LIMITS.num_blocks}
+
+
+def test_tritonclient_gets_codes_and_sentences_for_wrong_requests(shared):
+    top_p = "sampling_parameters.top_p is 3.0 and must be above 0 and at most 1; correct top_p."
+    assert peer("refused", shared.target) == {
+        "parameter": ["StatusCode.INVALID_ARGUMENT", top_p],
+        "unknown": [
+            "StatusCode.INVALID_ARGUMENT",
+            "sampling_parameters.tempratur is not a sampling parameter; did you mean temperature.",
+        ],
+        "empty": [
+            "StatusCode.INVALID_ARGUMENT",
+            "text_input is empty and the model needs at least one token to continue; "
+            "send a prompt.",
+        ],
+        "long": [
+            "StatusCode.INVALID_ARGUMENT",
+            "text_input has 64 tokens and must leave room for one more in the context of 64; "
+            "shorten the prompt to at most 63 tokens.",
+        ],
+        "model": [
+            "StatusCode.NOT_FOUND",
+            "model_name is 'other' and this server has 'tiny'; ask for 'tiny'.",
+        ],
+        "stream False": [None, f"INVALID_ARGUMENT: {top_p}"],
+        "stream True": ["StatusCode.INVALID_ARGUMENT", top_p],
+    }
+
+
+def test_requests_that_arrive_together_are_decoded_in_one_step(served, stub):
+    served.hold()
+    prompts = {"1": "a", "2": "bc"}
+    requests = [
+        call(id=i, prompt=p, stream=True, max_tokens=4, ignore_eos="true")
+        for i, p in prompts.items()
+    ]
+    answers = stub.ModelStreamInfer(iter(requests))
+    served.until(
+        lambda: served.engine.scheduler.num_running + served.engine.scheduler.num_waiting == 2
+    )
+    served.hold(False)
+    finished = [
+        a.infer_response.id
+        for a in answers
+        if a.infer_response.parameters["triton_final_response"].bool_param
+    ]
+    assert sorted(finished) == ["1", "2"]
+    together = [len(plan.sequences(OWNER)) for plan in served.plans]
+    # The first may have left alone before the second was read; four steps each otherwise.
+    assert together.count(2) >= 3
+    assert len(served.plans) <= 5
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (call(stream=True), "stream is true and ModelInfer gives one answer; use ModelStreamInfer"),
+        (
+            call(n=2),
+            "sampling_parameters.n is 2 and this server does not offer n; leave it out or set "
+            "it to 1.",
+        ),
+        (
+            call(prompt="a", timeout="soon"),
+            "parameters.timeout is soon and it is a positive number of microseconds",
+        ),
+        (
+            pb.ModelInferRequest(model_name="tiny"),
+            "text_input is missing and every request needs one",
+        ),
+        (
+            pb.ModelInferRequest(model_name="tiny", inputs=[{"name": "text", "datatype": "BYTES"}]),
+            "inputs.text is unknown and known are text_input, stream",
+        ),
+        (
+            pb.ModelInferRequest(
+                model_name="tiny",
+                inputs=[{"name": "text_input", "datatype": "BYTES", "shape": [2]}],
+            ),
+            "text_input is of shape [2] and its shape is [1]",
+        ),
+        (
+            pb.ModelInferRequest(
+                model_name="tiny",
+                inputs=[{"name": "text_input", "datatype": "BYTES", "shape": [1]}],
+                raw_input_contents=[b"\2\0\0\0\xff\xfe"],
+            ),
+            "text_input is no UTF-8 at byte 0 and text must be UTF-8",
+        ),
+        (
+            pb.ModelInferRequest(
+                model_name="tiny",
+                inputs=[{"name": "text_input", "datatype": "BYTES", "shape": [1]}],
+                raw_input_contents=[b"\x09\0\0\0ab"],
+            ),
+            "text_input is 6 bytes long and a string is its length in 4 bytes, then it",
+        ),
+    ],
+)
+def test_malformed_messages_are_refused_with_their_field(stub, shared, request_, sentence):
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(request_)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert raised.value.details().startswith(sentence)
+
+
+def test_every_answer_says_which_weights_gave_it(stub, shared):
+    response, finished = stub.ModelInfer.with_call(call(max_tokens=2, temperature="0"))
+    trailer = dict(finished.trailing_metadata())
+    assert trailer["dualray-model"] == "tiny"
+    assert trailer["dualray-training-step"] == "7"
+    assert trailer["dualray-weight-digest"] == "abc123"
+    assert response.parameters["training_step"].int64_param == 7
+    assert response.parameters["weight_digest"].string_param == "abc123"
+    # Typed contents are answered with typed contents.
+    assert response.outputs[0].contents.bytes_contents[0].startswith(b"ab")
+    assert not response.raw_output_contents
+
+
+def test_a_request_without_an_end_gets_the_servers_time_limit():
+    with serving(max_request_s=0.2) as served, grpc.insecure_channel(served.target) as channel:
+        served.hold()
+        with pytest.raises(grpc.RpcError) as raised:
+            pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer(call())
+        served.hold(False)
+    assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_a_full_queue_refuses(served, stub):
+    served.hold()
+    count = LIMITS.max_batch + LIMITS.max_waiting
+    futures = [stub.ModelInfer.future(call(max_tokens=60)) for _ in range(count)]
+    # The step in flight holds the one that came first; the others wait for its end.
+    served.until(lambda: served.engine.scheduler.num_waiting == LIMITS.max_waiting)
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(call())
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for future in futures:
+        future.cancel()
+    served.until(lambda: served.engine.scheduler.num_waiting == 0)
+    served.hold(False)
+
+
+def test_health_follows_the_engine():
+    served = Served()
+    try:
+        with grpc.insecure_channel(served.target) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            stub = pb_grpc.GRPCInferenceServiceStub(channel)
+
+            def check(service):
+                status = health.Check(health_pb2.HealthCheckRequest(service=service)).status
+                return health_pb2.HealthCheckResponse.ServingStatus.Name(status)
+
+            assert (check(""), check(SERVICE)) == ("SERVING", "NOT_SERVING")
+            with pytest.raises(grpc.RpcError) as raised:
+                stub.ModelInfer(call())
+            assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert not stub.ServerReady(pb.ServerReadyRequest()).ready
+            watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+            statuses = (response.status for response in watch)
+            assert next(statuses) == health_pb2.HealthCheckResponse.NOT_SERVING
+            served.serve()
+            assert next(statuses) == health_pb2.HealthCheckResponse.SERVING
+            served.call(served.engine.drain())
+            assert next(statuses) == health_pb2.HealthCheckResponse.NOT_SERVING
+            watch.cancel()
+            with pytest.raises(grpc.RpcError) as raised:
+                stub.ModelInfer(call())
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert raised.value.details() == (
+                "model tiny does not serve now, it is training; watch the health service and "
+                "try again."
+            )
+    finally:
+        served.close()
+
+
+def test_a_lost_worker_fails_the_requests_and_the_health(served, stub):
+    def lose(plan, sampled):
+        raise RuntimeError("connection reset by peer\nand more")
+
+    served.fault = lose
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(call())
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert raised.value.details() == (
+        "the workers failed in step 1: RuntimeError: connection reset by peer; see the run's log."
+    )
+    assert not stub.ServerReady(pb.ServerReadyRequest()).ready
+
+
+def test_nan_fails_its_request_only(served, stub):
+    def poison(plan, sampled):
+        names = [s.request_id for s in plan.sequences(OWNER) if len(s.ids) == 3]
+        return [
+            type(s)(request_id=s.request_id, token_id=0, logprob=float("nan"), rank=1)
+            if s.request_id in names
+            else s
+            for s in sampled
+        ]
+
+    served.fault = poison
+    good = stub.ModelInfer.future(call(prompt="ab", max_tokens=3))
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(call(prompt="abc"))
+    assert raised.value.code() is grpc.StatusCode.INTERNAL
+    assert good.result().outputs[0].name == "text_output"
+
+
+def test_reflection_names_the_services(shared):
+    with grpc.insecure_channel(shared.target) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        (answer,) = stub.ServerReflectionInfo(iter([ask]))
+    names = {service.name for service in answer.list_services_response.service}
+    assert {SERVICE, "grpc.health.v1.Health"} <= names
+
+
+def test_a_port_in_use_is_a_sentence(shared):
+    port = int(shared.target.rpartition(":")[2])
+
+    async def second():
+        await InferenceServer(shared.engine).start("127.0.0.1", port)
+
+    with pytest.raises(ResourceError) as raised:
+        shared.call(second())
+    assert str(raised.value) == (
+        f"serve.port is {port} and 127.0.0.1:{port} cannot be listened on, it is taken by "
+        "another process or not this machine's; choose another serve.port, or 0 for a free one."
+    )

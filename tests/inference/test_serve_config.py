@@ -1,0 +1,53 @@
+import pytest
+
+from dualray.errors import ConfigError
+from dualray.inference.serve_config import ServeConfig
+
+
+def test_the_cache_holds_a_full_batch_of_full_length():
+    limits = ServeConfig(max_batch=3, block_size=16).limits(100)
+    assert (limits.max_context, limits.num_blocks) == (100, 21)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"port": 70000},
+            "serve.port is 70000 and must lie between 0 and 65535; choose a port, or 0 for a "
+            "free one.",
+        ),
+        (
+            {"max_batch": 0},
+            "serve.max_batch is 0 and must be at least 1; set serve.max_batch to 1 or more.",
+        ),
+        (
+            {"max_step_tokens": 8, "max_batch": 9},
+            "serve.max_step_tokens 8 is less than serve.max_batch 9, and every decoding sequence "
+            "needs a token of each step; raise max_step_tokens or lower max_batch.",
+        ),
+        (
+            {"max_context": 1},
+            "serve.max_context is 1 and must hold a prompt token and a new one; set it to 2 or "
+            "more, or leave it out.",
+        ),
+        (
+            {"max_request_s": 0},
+            "serve.max_request_s is 0 and must be above 0; set it to a number of seconds such as "
+            "600.",
+        ),
+    ],
+)
+def test_a_wrong_field_is_a_sentence(values, sentence):
+    with pytest.raises(ConfigError) as raised:
+        ServeConfig(**values)
+    assert str(raised.value) == sentence
+
+
+def test_the_context_cannot_exceed_the_models():
+    with pytest.raises(ConfigError) as raised:
+        ServeConfig(max_context=65).limits(64)
+    assert str(raised.value) == (
+        "serve.max_context 65 exceeds model.max_position_embeddings 64; lower serve.max_context "
+        "or leave it out."
+    )
