@@ -16,7 +16,8 @@ class DualrayError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.sentence}; {self.hint}."
+        end = "" if self.hint.endswith("?") else "."
+        return f"{self.sentence}; {self.hint}{end}"
 
     def __reduce__(self):
         # Errors cross process borders (Ray actors, spawned tests) by pickling, keyword included.
