@@ -203,7 +203,6 @@ def _client(address: str) -> JobSubmissionClient:
             f"--address is {address} and must be the head's dashboard",
             hint="write http://HOST:8265",
         )
-    logging.getLogger("ray").setLevel(logging.WARNING)  # It narrates each upload.
     port = parts.port or (443 if parts.scheme == "https" else 80)
     unreachable = RunError(
         f"--address is {address} and no Ray dashboard answers there",
@@ -213,9 +212,11 @@ def _client(address: str) -> JobSubmissionClient:
         # Requests to Ray have no time-out of their own.
         socket.create_connection((parts.hostname, port), _CONNECT_LIMIT_S).close()
         with _explained(address, ""):
-            return JobSubmissionClient(address)
+            client = JobSubmissionClient(address)
     except (OSError, ConnectionError) as error:
         raise unreachable from error
+    logging.getLogger("ray").setLevel(logging.WARNING)  # It narrates each upload.
+    return client
 
 
 def _free_id(client: JobSubmissionClient, address: str, name: str, asked: str | None) -> str:
