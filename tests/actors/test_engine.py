@@ -6,11 +6,14 @@ import pytest
 
 from dualray.actors.completion import Weights
 from dualray.actors.engine import Engine, EngineState
+from dualray.actors.engine_actor import EngineActor
 from dualray.data.tokenizer import ByteTokenizer
 from dualray.errors import RequestError
 from dualray.inference.plan import Owner, Sampled
 from dualray.inference.request import DeadlineError, FinishReason, NotServingError, SamplingParams
 from dualray.inference.scheduler import Limits, owners
+from dualray.inference.serve_config import ServeConfig
+from dualray.platform.client import Client
 
 OWNER = Owner(0, 0, 0)
 LIMITS = Limits(num_blocks=32, block_size=4, max_batch=4, max_context=32)
@@ -191,6 +194,51 @@ def test_a_refused_request_leaves_nothing_behind():
         return engine.stats
 
     assert run(scenario, Script("a")).prompt_tokens == 0
+
+
+def test_the_actor_asks_every_worker_and_joins_their_tokens():
+    """`EngineActor` without Ray: a worker is whatever has `run_plan.remote`."""
+    script = Script("hello")
+
+    class Method:
+        def __init__(self, holds_last_stage):
+            self.holds_last_stage = holds_last_stage
+            self.num_calls = 0
+
+        async def remote(self, plan):
+            self.num_calls += 1
+            return await script(plan) if self.holds_last_stage else []
+
+    class Worker:
+        def __init__(self, holds_last_stage):
+            self.run_plan = Method(holds_last_stage)
+
+    async def scenario():
+        workers = [Worker(False), Worker(True)]
+        actor = EngineActor(
+            model_name="m",
+            tokenizer=ByteTokenizer(),
+            owners=owners(1, 1, 1),
+            limits=LIMITS,
+            config=ServeConfig(port=0),
+            workers=workers,
+        )
+        target = await actor.start()
+        assert target.startswith("127.0.0.1:")
+        await actor.serve(3, "d")
+
+        def ask():
+            with Client(target) as client:
+                return "".join(client.generate("x", {"max_tokens": 5}))
+
+        text = await asyncio.to_thread(ask)
+        stats = await actor.stats()
+        await actor.stop(grace_s=0)
+        return text, [w.run_plan.num_calls for w in workers], stats
+
+    text, calls, stats = asyncio.run(scenario())
+    assert (text, calls) == ("hello", [5, 5])
+    assert (stats["state"], stats["training_step"], stats["cache_usage"]) == ("serving", 3, 0.0)
 
 
 def test_counters_count():

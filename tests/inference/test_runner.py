@@ -6,11 +6,8 @@ from support.models import tiny_config, training_context, whole_model
 
 from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBatch
 from dualray.inference.plan import Owner, SampleSpec, SequencePlan, StepPlan
-from dualray.inference.request import Request, SamplingParams
 from dualray.inference.runner import StageRunner, StepRunner
-from dualray.inference.scheduler import Limits, Scheduler, owners
 from dualray.model.attention import CausalAttention
-from dualray.model.config import YarnConfig
 from dualray.model.context import ForwardContext, LatentQuery, RoutingTape
 from dualray.model.init import logical_tensors
 from dualray.model.linear import Linear
@@ -108,57 +105,6 @@ def training_logprobs(stage, ids, tape=None):
         ids_T = torch.tensor(ids)
         logits = stage.logits(stage(stage.embed(ids_T, ctx), ctx), ctx)
         return torch.log_softmax(logits, -1)[:-1].gather(1, ids_T[1:, None]).squeeze(1)
-
-
-YARN = YarnConfig(factor=4.0, original_max_position_embeddings=16, mscale_all_dim=1.0)
-
-
-@pytest.mark.parametrize("rope_scaling", [None, YARN])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_prefill_and_decode_give_the_training_forwards_logprobs(dtype, rope_scaling):
-    """Two requests of different length generate together, then training scores their tokens.
-
-    Training's expert choices are recorded from nothing: the tokens are few and the seed fixed,
-    no near-tie occurs.
-    """
-    config = tiny_config(rope_scaling=rope_scaling)
-    stage = whole_model(config, dtype=dtype)
-    scheduler = Scheduler(
-        owners=owners(1, 1, 1),
-        limits=Limits(
-            num_blocks=16, block_size=BLOCK, max_batch=4, max_context=32, max_step_tokens=6
-        ),
-        eos_id=None,
-    )
-    walk = StepRunner(replica=0, expert=0, stages={0: make_runner(stage)})
-    prompts = {"a": (5, 17, 3, 60, 8, 9, 11, 2), "b": (1, 2, 3)}
-    for name, prompt in prompts.items():
-        scheduler.add(
-            Request(
-                request_id=name,
-                prompt_ids=prompt,
-                params=SamplingParams(max_tokens=9),
-                seed=len(name),
-            )
-        )
-    tokens = {name: list(prompt) for name, prompt in prompts.items()}
-    served = {name: [] for name in prompts}
-    shared_steps = 0
-    while (plan := scheduler.plan()) is not None:
-        shared_steps += len(plan.sequences(Owner(0, 0, 0))) == 2
-        for progress in scheduler.apply(walk.run(plan)):
-            tokens[progress.request_id].append(progress.sampled.token_id)
-            served[progress.request_id].append(progress.sampled.logprob)
-    assert shared_steps >= 8
-    for name, prompt in prompts.items():
-        expected = training_logprobs(stage, tokens[name])[len(prompt) - 1 :]
-        assert len(expected) == 9
-        torch.testing.assert_close(
-            torch.tensor(served[name], dtype=dtype),
-            expected,
-            atol=TOLERANCE[dtype],
-            rtol=TOLERANCE[dtype],
-        )
 
 
 def test_replayed_expert_choices_are_used():
