@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import math
 import secrets
 import time
@@ -33,6 +34,8 @@ from dualray.inference.request import (
     check_token_ids,
 )
 from dualray.inference.scheduler import Limits, Scheduler
+
+_log = logging.getLogger(__name__)
 
 RunStep = Callable[[StepPlan], Awaitable[Iterable[Sampled]]]
 """Runs a step on all workers and returns the tokens that the last stages chose."""
@@ -170,6 +173,19 @@ class Engine:
         return completion
 
     async def _loop(self) -> None:
+        try:
+            await self._run_steps()
+        except Exception as error:  # our own bug: nobody may be left waiting for it
+            _log.exception("the engine failed")
+            await self._enter(EngineState.FAILED)
+            self._fail_all(
+                ServerFaultError(
+                    f"the engine failed: {_first_line(error)}", hint="see the engine's log"
+                )
+            )
+
+    async def _run_steps(self) -> None:
+        """Steps until cancelled, or until the workers are lost."""
         while True:
             plan = self.scheduler.plan()
             if plan is None:

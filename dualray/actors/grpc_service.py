@@ -33,6 +33,7 @@ from dualray.proto import inference_pb2 as pb
 from dualray.proto import inference_pb2_grpc as pb_grpc
 
 PLATFORM = "dualray"
+_MAX_SENTENCE = 1000  # statuses travel in headers, which clients limit to 8 KiB
 _log = logging.getLogger(__name__)
 
 _CODES: dict[type[RequestError], grpc.StatusCode] = {
@@ -70,6 +71,12 @@ def _refusal(error: Exception) -> RequestError:
     )
 
 
+def _sentence(refusal: RequestError) -> str:
+    """What the caller reads. It may quote the request, so it is cut to what a status can carry."""
+    text = str(refusal).encode(errors="replace").decode()
+    return text if len(text) <= _MAX_SENTENCE else f"{text[: _MAX_SENTENCE - 3]}..."
+
+
 class _StreamFailedError(Exception):
     """Carries a refusal out of a stream's task group."""
 
@@ -96,7 +103,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
                 return await anext(answers)
         except Exception as error:
             refusal = _refusal(error)
-            await context.abort(status_of(refusal), str(refusal))
+            await context.abort(status_of(refusal), _sentence(refusal))
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
@@ -111,16 +118,17 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             async with writing:
                 await context.write(response)
 
+        refusal: RequestError | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 async for request in request_iterator:
                     group.create_task(self._stream(request, write, as_status))
         except* _StreamFailedError as failed:
             first = failed.exceptions[0]
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
             assert isinstance(first, _StreamFailedError)
-            await context.abort(status_of(first.error), str(first.error))
+            refusal = first.error
+        if refusal is not None:
+            await context.abort(status_of(refusal), _sentence(refusal))
 
     async def _stream(
         self,
@@ -132,14 +140,15 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             self._check_model(request.model_name, request.model_version)
             call = parse_call(request, one_answer=False)
             completion = self._submit(call)
-            async for response in self._answers(call, completion):
-                await write(pb.ModelStreamInferResponse(infer_response=response))
-        except RequestError as error:
+            async with aclosing(self._answers(call, completion)) as answers:
+                async for response in answers:
+                    await write(pb.ModelStreamInferResponse(infer_response=response))
+        except Exception as error:
+            refusal = _refusal(error)
             if as_status:
-                raise _StreamFailedError(error) from None
-            response = pb.ModelStreamInferResponse(
-                error_message=f"{status_of(error).name}: {error}"
-            )
+                raise _StreamFailedError(refusal) from None
+            sentence = f"{status_of(refusal).name}: {_sentence(refusal)}"
+            response = pb.ModelStreamInferResponse(error_message=sentence)
             response.infer_response.id = request.id
             response.infer_response.model_name = self._engine.model_name
             response.infer_response.parameters["triton_final_response"].bool_param = True
@@ -291,7 +300,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         try:
             self._check_model(name, version)
         except ModelNotFoundError as error:
-            await context.abort(status_of(error), str(error))
+            await context.abort(status_of(error), _sentence(error))
 
     def _set_trailer(self, context: Context) -> None:
         """Says who answered, refusals included."""

@@ -7,6 +7,7 @@ its neutral value: nothing a caller sets is silently ignored.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -218,7 +219,7 @@ def _neutral(name: str, value: object) -> None:
 
 def _unknown(name: str) -> RequestError:
     near = difflib.get_close_matches(name, [*_PARSERS, *NOT_OFFERED], n=1)
-    hint = f"did you mean {near[0]}" if near else "known are " + ", ".join(_PARSERS)
+    hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(_PARSERS)
     return RequestError(
         f"sampling_parameters.{name} is not a sampling parameter",
         hint=hint,
@@ -227,18 +228,12 @@ def _unknown(name: str) -> RequestError:
 
 
 def _float(name: str, value: object) -> float:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            _rule(False, name, repr(value), "must be a number")
-    _rule(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
-        name,
-        value,
-        "must be a finite number",
-    )
-    return float(value)  # type: ignore[arg-type]
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+    _rule(math.isfinite(number), name, value, "must be a finite number")
+    return number
 
 
 def _int(name: str, value: object) -> int:

@@ -10,7 +10,13 @@ from dualray.actors.engine_actor import EngineActor
 from dualray.data.tokenizer import ByteTokenizer
 from dualray.errors import RequestError
 from dualray.inference.plan import Owner, Sampled
-from dualray.inference.request import DeadlineError, FinishReason, NotServingError, SamplingParams
+from dualray.inference.request import (
+    DeadlineError,
+    FinishReason,
+    NotServingError,
+    SamplingParams,
+    ServerFaultError,
+)
 from dualray.inference.scheduler import Limits, owners
 from dualray.inference.serve_config import ServeConfig
 from dualray.platform.client import Client
@@ -180,6 +186,22 @@ def test_stopping_tells_whoever_waits():
             await completion.whole()
 
     asyncio.run(scenario())
+
+
+def test_a_bug_of_the_engine_tells_whoever_waits():
+    class Broken(ByteTokenizer):
+        def decode(self, ids):
+            raise KeyError("oops")
+
+    async def scenario(engine):
+        with pytest.raises(ServerFaultError) as raised:
+            await engine.submit("x", params()).whole()
+        assert engine.state is EngineState.FAILED
+        return str(raised.value)
+
+    assert run(scenario, Script("a"), tokenizer=Broken()) == (
+        "the engine failed: KeyError: 'oops'; see the engine's log."
+    )
 
 
 def test_a_refused_request_leaves_nothing_behind():

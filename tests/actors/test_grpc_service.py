@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.serving import LIMITS, Served, serving
 
 from dualray.actors.grpc_server import SERVICE, InferenceServer
+from dualray.actors.infer_messages import Answer
 from dualray.errors import ResourceError
 from dualray.inference.plan import Owner
 from dualray.proto import inference_pb2 as pb
@@ -156,7 +157,7 @@ def test_tritonclient_gets_codes_and_sentences_for_wrong_requests(shared):
         "parameter": ["StatusCode.INVALID_ARGUMENT", top_p],
         "unknown": [
             "StatusCode.INVALID_ARGUMENT",
-            "sampling_parameters.tempratur is not a sampling parameter; did you mean temperature.",
+            "sampling_parameters.tempratur is not a sampling parameter; did you mean temperature?",
         ],
         "empty": [
             "StatusCode.INVALID_ARGUMENT",
@@ -252,6 +253,34 @@ def test_malformed_messages_are_refused_with_their_field(stub, shared, request_,
         stub.ModelInfer(request_)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert raised.value.details().startswith(sentence)
+
+
+@pytest.mark.parametrize("sampling", ['{"\\ud800": 1}', '{"stop": [' + '"", ' * 9000 + '""]}'])
+def test_a_refusal_that_quotes_the_request_still_arrives(stub, shared, sampling):
+    request = call()
+    tensor = request.inputs.add(name="sampling_parameters", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(sampling.encode())
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(request)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert raised.value.details().startswith("sampling_parameters.")
+    (answer,) = stub.ModelStreamInfer(iter([request]))
+    assert answer.error_message == f"INVALID_ARGUMENT: {raised.value.details()}"
+
+
+def test_our_own_bug_is_internal_and_leaves_no_blocks_behind(served, stub, monkeypatch):
+    def broken(self, delta):
+        raise KeyError("oops")
+
+    monkeypatch.setattr(Answer, "message", broken)
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(call())
+    assert raised.value.code() is grpc.StatusCode.INTERNAL
+    assert raised.value.details() == "the server failed with KeyError; see the engine's log."
+    (answer,) = stub.ModelStreamInfer(iter([call(stream=True, max_tokens=50)]))
+    assert answer.error_message == f"INTERNAL: {raised.value.details()}"
+    served.until(lambda: served.engine.scheduler.num_running == 0)
+    assert served.engine.scheduler.free_blocks() == {OWNER: LIMITS.num_blocks}
 
 
 def test_every_answer_says_which_weights_gave_it(stub, shared):

@@ -50,6 +50,12 @@ def test_parameters_not_offered_pass_with_their_neutral_value():
             "correct temperature.",
         ),
         (
+            {"temperature": 10**400, "top_p": "half"},
+            "temperature",
+            f"sampling_parameters.temperature is {10**400} and must be a finite number; "
+            "correct temperature.",
+        ),
+        (
             {"top_p": 0},
             "top_p",
             "sampling_parameters.top_p is 0.0 and must be above 0 and at most 1; correct top_p.",
@@ -114,7 +120,7 @@ def test_parameters_not_offered_pass_with_their_neutral_value():
         (
             {"temprature": 1},
             "temprature",
-            "sampling_parameters.temprature is not a sampling parameter; did you mean temperature.",
+            "sampling_parameters.temprature is not a sampling parameter; did you mean temperature?",
         ),
     ],
 )
