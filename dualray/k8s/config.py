@@ -9,7 +9,7 @@ from dualray.errors import ConfigError
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
-_FIELDS_OF_QUANTITY = ("memory_per_worker", "head_memory", "shared_memory")
+_FIELDS_OF_QUANTITY = ("memory_per_worker", "head_memory", "shared_memory", "storage")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,13 @@ class KubernetesConfig:
     image: str = "dualray:latest"
     """Container image: Python, Ray and dualray, run by a user who is not root."""
     claim: str | None = None
-    """PersistentVolumeClaim (ReadWriteMany where workers sit on several nodes) mounted at
-    /workspace, where the run looks for `data` and writes `runs`; none keeps both in the pods, and
-    they end with them."""
+    """Existing PersistentVolumeClaim mounted at /workspace in every pod, where the run looks for
+    `data` and writes `runs`; ReadWriteMany where the pods sit on several nodes. None writes a
+    claim of the run's own, which ends with its objects."""
+    storage: str = "20Gi"
+    """Size of the run's own claim."""
+    storage_class: str | None = None
+    """Storage class of the run's own claim; none takes the cluster's default."""
     memory_per_worker: str = "4Gi"
     """Memory each worker pod may use."""
     head_cpus: float = 2.0
@@ -43,9 +47,9 @@ class KubernetesConfig:
     """Seconds after which the autoscaler removes an idle worker pod."""
     token_secret: str | None = None
     """Secret whose key `auth_token` is Ray's token; none lets KubeRay make one."""
-    keep_s: int | None = None
-    """Seconds a finished job keeps its pods; none keeps them until somebody deletes the job, so
-    that the served model stays up."""
+    keep_s: int = 300
+    """Seconds an ended job keeps its pods, for their logs. A run that serves after training has
+    not ended."""
 
     def __post_init__(self) -> None:
         names = {
