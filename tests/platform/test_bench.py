@@ -1,0 +1,197 @@
+"""The training benchmark: both sides compute the same, and its records are whole."""
+
+from __future__ import annotations
+
+import builtins
+import json
+
+import pytest
+import torch
+from support.models import tiny_config
+from typer.testing import CliRunner
+
+from dualray.errors import ConfigError, RunError
+from dualray.parallel.optimizer import OptimizerConfig
+from dualray.platform.bench import training
+from dualray.platform.bench.hugging_face import HuggingFaceTrainer
+from dualray.platform.bench.record import append
+from dualray.platform.bench.training import (
+    CLIP_NORM,
+    LR,
+    Comparison,
+    DualrayTrainer,
+    Workload,
+    compare,
+    measure,
+)
+from dualray.platform.commands.bench import app
+
+# transformers' grouped_mm wants rows of a multiple of 16 bytes, in bf16 too.
+TINY = Workload(
+    model=tiny_config(
+        num_nextn_predict_layers=0, num_hidden_layers=2, hidden_size=40, moe_intermediate_size=24
+    ),
+    batch_size=2,
+    seq_len=24,
+)
+OPTIMIZER = OptimizerConfig(kind="adamw")
+
+
+def both_sides(workload: Workload = TINY) -> tuple[DualrayTrainer, HuggingFaceTrainer]:
+    ours = DualrayTrainer(workload.model, torch.float32, OPTIMIZER)
+    return ours, HuggingFaceTrainer(workload.model, ours.stage, OPTIMIZER, LR, CLIP_NORM)
+
+
+def test_both_sides_train_alike_and_the_loss_falls() -> None:
+    heard: list[int] = []
+    result = compare(TINY, "fp32", pairs=6, warmup=2, on_pair=heard.append)
+    assert heard == list(range(1, 9))
+    assert len(result.ours_s) == len(result.theirs_s) == 6
+    ours, theirs = result.last_loss
+    # Eight steps of Adam, which divides rounding errors by tiny second moments.
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert ours < result.first_loss[0] - 0.05
+
+
+def test_the_peer_runs_at_its_best_settings() -> None:
+    _, theirs = both_sides()
+    config = theirs.model.config
+    assert config._attn_implementation == "sdpa"
+    assert config._experts_implementation == "grouped_mm"
+    assert theirs.model.training
+
+
+def test_bf16_has_bf16_weights_on_both_sides() -> None:
+    ours = DualrayTrainer(TINY.model, torch.bfloat16, OPTIMIZER)
+    theirs = HuggingFaceTrainer(TINY.model, ours.stage, OPTIMIZER, LR, CLIP_NORM)
+    for side in (ours.stage, theirs.model):
+        assert {p.dtype for p in side.parameters()} == {torch.bfloat16}
+    # Converting the built model instead would round the rotary frequencies.
+    assert theirs.model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_other_weights_are_refused_at_the_first_step() -> None:
+    ours, theirs = both_sides()
+    with torch.no_grad():
+        theirs.model.model.layers[1].mlp.experts.down_proj[0] *= 3.0
+    with pytest.raises(RunError, match=r"the fp32 loss of step 0 is \d\.\d{6} in dualray and"):
+        measure(ours, theirs, TINY, "fp32", pairs=1, warmup=2)
+
+
+def test_a_step_that_does_not_train_is_refused_at_the_second(monkeypatch) -> None:
+    ours, theirs = both_sides()
+    monkeypatch.setattr(ours._optimizer, "step", lambda lr: None)
+    with pytest.raises(RunError, match="the fp32 loss of step 1 is"):
+        measure(ours, theirs, TINY, "fp32", pairs=1, warmup=2)
+
+
+class Scripted:
+    """A side whose losses agree with every other's, and which logs its turns."""
+
+    def __init__(self, name: str, turns: list[str]) -> None:
+        self.name, self.turns = name, turns
+
+    def step(self, ids_BS, labels_BS) -> float:
+        assert torch.equal(ids_BS[:, 1:], labels_BS[:, :-1])
+        self.turns.append(self.name)
+        return 1.0
+
+
+def test_steps_alternate_and_the_warm_up_is_not_measured(monkeypatch) -> None:
+    turns: list[str] = []
+    # Every step takes as long as its number.
+    ticks = iter(float(n * (n + 1) // 2) for n in range(100) for _ in range(2))
+    next(ticks)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(ticks))
+    result = measure(Scripted("a", turns), Scripted("b", turns), TINY, "bf16", pairs=2, warmup=3)
+    assert turns == ["a", "b"] * 5
+    assert result.ours_s == (7.0, 9.0)
+    assert result.theirs_s == (8.0, 10.0)
+
+
+def test_the_ratio_is_taken_pair_by_pair() -> None:
+    comparison = Comparison(
+        dtype="fp32",
+        tokens=100,
+        # The machine was four times slower in the second pair: a ratio of medians gives 1.
+        ours_s=(1.0, 4.0, 2.0),
+        theirs_s=(2.0, 12.0, 2.0),
+        first_loss=(3.0, 3.0),
+        last_loss=(2.0, 2.0),
+    )
+    result = comparison.as_dict()
+    assert result["ratio"] == 2.0
+    assert (result["ratio_min"], result["ratio_max"], result["pairs"]) == (1.0, 3.0, 3)
+    assert result["dualray"]["median_step_s"] == 2.0
+    assert result["dualray"]["tokens_per_s"] == 50.0
+
+
+@pytest.fixture
+def tiny_quick(monkeypatch):
+    monkeypatch.setattr(training, "QUICK", TINY)
+
+
+def test_command_prints_json_and_appends_lines(tiny_quick, tmp_path) -> None:
+    path = tmp_path / "results.jsonl"
+    arguments = ["training", "--quick", "--pairs", "1", "--record", str(path), "--json"]
+    for number in (1, 2):
+        done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert done.exit_code == 0
+        lines = path.read_text().splitlines()
+        assert len(lines) == number
+        assert json.loads(lines[-1]) == json.loads(done.stdout)
+    record = json.loads(lines[0])
+    assert record["benchmark"] == "training"
+    assert record["machine"]["cpu"]
+    assert record["machine"]["threads"] == torch.get_num_threads()
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["transformers"]
+    assert record["config"]["model"]["n_routed_experts"] == 8
+    assert record["config"]["batch_size"] * record["config"]["seq_len"] == TINY.tokens
+    assert [r["dtype"] for r in record["results"]] == ["fp32", "bf16"]
+    for result in record["results"]:
+        step_s = result["dualray"]["median_step_s"]
+        assert result["dualray"]["tokens_per_s"] == pytest.approx(TINY.tokens / step_s)
+        ratio = result["hugging_face"]["median_step_s"] / step_s
+        assert result["ratio"] == pytest.approx(ratio)
+
+
+def test_command_prints_a_table(tiny_quick) -> None:
+    arguments = ["training", "--quick", "--pairs", "1", "--dtype", "fp32"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "100"})
+    assert done.exit_code == 0
+    first, head, ours, theirs, last = done.stdout.splitlines()
+    assert first.startswith("training, batch 2 x 24, ")
+    assert head.split()[:3] == ["dtype", "model", "step"]
+    assert ours.split()[:2] == ["fp32", "dualray"]
+    assert ours.split()[4].endswith("x")
+    assert theirs.split()[:3] == ["fp32", "Hugging", "Face"]
+    assert last.startswith("ratio is the median over 1 pairs of steps (fp32 ")
+
+
+def test_without_transformers_one_sentence(monkeypatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name == "transformers":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    done = CliRunner().invoke(app, ["training", "--quick"])
+    assert isinstance(done.exception, ConfigError)
+    assert done.exception.exit_code == 2
+    assert str(done.exception) == (
+        "bench training compares with the package transformers, which is not installed; "
+        "install it with: pip install 'transformers>=5.20,<6'."
+    )
+
+
+def test_a_record_in_a_missing_folder_is_one_sentence(tmp_path) -> None:
+    path = tmp_path / "nowhere" / "results.jsonl"
+    with pytest.raises(ConfigError) as raised:
+        append(path, {})
+    assert str(raised.value) == (
+        f"--record is {path} and cannot be written (No such file or directory); "
+        "name a file in a folder that exists."
+    )
