@@ -118,6 +118,7 @@ def _wait(
     if outlook is None or not outlook.active:
         raise _does_not_fit(num_workers, cluster, "no autoscaler brings nodes")
     asked = _asked(num_workers, cluster)
+    say(f"waiting up to {cluster.wait_for_resources_s:g} s for the autoscaler to bring {asked}")
     said = ""
     while not _placed(group):
         waited = time.monotonic() - started
@@ -132,7 +133,7 @@ def _wait(
                 f"its autoscaler did not bring the nodes within cluster.wait_for_resources_s "
                 f"({cluster.wait_for_resources_s:g} s)",
             )
-        line = _progress(outlook, cluster, asked)
+        line = _progress(outlook, num_workers, cluster)
         if line != said:
             say(line)
             said = line
@@ -148,12 +149,11 @@ def _first_outlook(group: PlacementGroup) -> autoscaler.Outlook | None:
     return outlook
 
 
-def _progress(outlook: autoscaler.Outlook | None, cluster: ClusterConfig, asked: str) -> str:
+def _progress(outlook: autoscaler.Outlook | None, num_workers: int, cluster: ClusterConfig) -> str:
     room = count_room(_free(), cluster)
     line = (
-        f"waiting up to {cluster.wait_for_resources_s:g} s for the autoscaler to bring {asked}; "
-        f"{_many(room.num_nodes, 'node')} "
-        f"with room for {_many(room.num_workers, 'worker')} now"
+        f"room for {room.num_workers} of {_many(num_workers, 'worker')} on "
+        f"{_many(room.num_nodes, 'node')}"
     )
     if outlook is None or not outlook.coming:
         return line

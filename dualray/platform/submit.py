@@ -45,6 +45,11 @@ STOPPED_EXIT_CODE = 143
 
 _CONNECT_LIMIT_S = 5.0
 _POLL_S = 0.5
+_NARRATORS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _NOT_CODE = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
@@ -215,7 +220,8 @@ def _client(address: str) -> JobSubmissionClient:
             client = JobSubmissionClient(address)
     except (OSError, ConnectionError) as error:
         raise unreachable from error
-    logging.getLogger("ray").setLevel(logging.WARNING)  # It narrates each upload.
+    for name in _NARRATORS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     return client
 
 

@@ -4,11 +4,15 @@ import os
 import subprocess
 
 import pytest
+import typer
 import yaml
-from support.fake_cluster import free_port, ray_head
+from support.fake_cluster import FakeNodes, free_port, ray_head
+from typer.testing import CliRunner
 
+from dualray.data.shards import build
 from dualray.errors import ConfigError, RunError
 from dualray.platform import submit as jobs
+from dualray.platform.commands import submit
 from dualray.platform.run_file import load_run_file, parse_run_file
 
 LOOK = """python - <<'END'
@@ -124,14 +128,14 @@ def test_an_address_that_is_no_dashboard(run_file):
 
 
 @pytest.mark.ray
-def test_a_job_from_submission_to_its_end(run_file, capsys):
+def test_a_job_from_submission_to_its_end(run_file, capfd):
     with ray_head(num_cpus=1, dashboard=True) as head:
         address = head.dashboard
         with pytest.raises(RunError) as unknown:
             jobs.job_status(address, "walk")
         assert str(unknown.value).startswith(f"job walk is unknown to the cluster at {address};")
 
-        capsys.readouterr()
+        capfd.readouterr()
         job = jobs.submit(run_file, address, entrypoint=LOOK)
         assert job.submission_id == "walk"
         heard = []
@@ -141,7 +145,7 @@ def test_a_job_from_submission_to_its_end(run_file, capsys):
         assert text in jobs.job_logs(address, "walk")
         job = jobs.job_status(address, "walk")
         assert (job.status, job.exit_code) == ("FAILED", 3)
-        assert capsys.readouterr() == ("", "")
+        assert capfd.readouterr() == ("", "")
 
         with pytest.raises(RunError) as taken:
             jobs.submit(run_file, address, submission_id="walk", entrypoint="true")
@@ -163,3 +167,27 @@ def test_a_job_from_submission_to_its_end(run_file, capsys):
 def _log_of(address, job):
     while True:
         yield jobs.job_logs(address, job)
+
+
+@pytest.mark.ray
+def test_a_submitted_run_trains_when_an_autoscaler_has_brought_its_nodes(run_file, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} of a corpus that {n % 7} can learn\n" for n in range(2000)))
+    build([str(text)], tokenizer="bytes", out=tmp_path / "tokens")
+    app = typer.Typer()
+    app.command()(submit.submit)
+    arguments = [str(run_file), "--workspace", str(tmp_path / "far away")]
+    for setting in (
+        *("data.path=tokens", "layout.experts=2", "train.steps=2", "train.checkpoint_every=2"),
+        "serve.after_training=false",
+    ):
+        arguments += ["--set", setting]
+    with ray_head(num_cpus=0, nodes=FakeNodes(num_cpus=1, max_workers=3), dashboard=True) as head:
+        result = CliRunner().invoke(app, [*arguments, "--address", head.dashboard])
+    log = result.output
+    assert result.exit_code == 0, log
+    assert log.startswith(f"job walk is accepted by {head.dashboard}\n")
+    assert "waiting up to 600 s for the autoscaler to bring 2 workers x (1 CPU)\n" in log
+    assert "the nodes have come: 2 workers x (1 CPU) placed after" in log
+    assert "step 2/2" in log
+    assert (tmp_path / "far away/runs/walk/checkpoints/step-2/COMMIT").is_file()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 
-from dualray.k8s.deployment import Deployment
-from dualray.k8s.render import render, to_yaml
-from dualray.platform.run_file import RunFile, load_run_file, to_mapping
+if TYPE_CHECKING:
+    from dualray.k8s.deployment import Deployment
+    from dualray.platform.run_file import RunFile
 
 app = typer.Typer(
     no_args_is_help=True, help="Run on Kubernetes through KubeRay.", add_completion=False
@@ -41,6 +40,9 @@ def render_command(
     ] = None,
 ) -> None:
     """Print the objects, for `kubectl apply -f -`. Needs the KubeRay operator, 1.7 or later."""
+    from dualray.k8s.render import render, to_yaml
+    from dualray.platform.run_file import load_run_file
+
     run = load_run_file(run_file, set_ or ())
     deployment = deployment_of(run)
     typer.echo(_note(run, kind), nl=False)
@@ -49,6 +51,11 @@ def render_command(
 
 def deployment_of(run: RunFile) -> Deployment:
     """The run as its pods see it: any interface, and the Ray that they are part of."""
+    import yaml
+
+    from dualray.k8s.deployment import Deployment
+    from dualray.platform.run_file import to_mapping
+
     values = to_mapping(run)
     values["serve"]["host"] = "0.0.0.0"
     values["cluster"]["address"] = None

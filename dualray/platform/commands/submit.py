@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from dualray.platform import submit as jobs
-
 Address = Annotated[str, typer.Option(help="The head's dashboard, http://HOST:8265.")]
 
 
@@ -28,6 +26,8 @@ def submit(
     ] = "~/dualray",
 ) -> None:
     """Train on a Ray cluster as a job; the exit code is the run's."""
+    from dualray.platform import submit as jobs
+
     job = jobs.submit(
         run_file, address, overrides=set_ or (), submission_id=id_, workspace=workspace
     )
@@ -43,12 +43,16 @@ def logs(
     follow: Annotated[bool, typer.Option(help="Go on until the job ends.")] = False,
 ) -> None:
     """Show the log of a submitted run."""
+    from dualray.platform import submit as jobs
+
     if follow:
         _follow(address, job)
     typer.echo(jobs.job_logs(address, job), nl=False)
 
 
 def _follow(address: str, submission_id: str) -> None:
+    from dualray.platform import submit as jobs
+
     try:
         code = jobs.follow(address, submission_id, _write)
     except KeyboardInterrupt:
