@@ -11,7 +11,18 @@ import typer
 
 import dualray
 from dualray.errors import DualrayError
-from dualray.platform.commands import checkpoint, data, generate, live, report, schedule, train
+from dualray.platform.commands import (
+    bench,
+    checkpoint,
+    data,
+    generate,
+    k8s,
+    live,
+    report,
+    schedule,
+    submit,
+    train,
+)
 
 app = typer.Typer(
     name="dualray",
@@ -25,10 +36,14 @@ app.command("serve")(train.serve)
 app.command("generate")(generate.generate_command)
 app.command("status")(live.status)
 app.command("stop")(live.stop)
+app.command("submit")(submit.submit)
+app.command("logs")(submit.logs)
 app.command("schedule")(schedule.schedule_command)
 app.command("report")(report.report)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(k8s.app, name="k8s")
+app.add_typer(bench.app, name="bench")
 
 
 def _version(value: bool) -> None:
