@@ -15,7 +15,6 @@ from rich.table import Table
 
 from dualray.errors import ConfigError
 
-
 Address = Annotated[
     str | None,
     typer.Option(help="For a submitted run: the head's dashboard, http://HOST:8265."),
