@@ -12,15 +12,18 @@ that join it send none. Where RAY_AUTH_MODE is set already, that stands.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import grpc
 import ray
 from ray import _raylet
+from ray._private import services
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import get_ray_address_from_environment
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
@@ -104,15 +107,16 @@ def connect(cluster: ClusterConfig, num_workers: int) -> Connection:
     # Two more than the workers ask for: the controller and the engine.
     num_cpus = math.ceil(num_workers * cluster.cpus_per_worker) + 2
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            namespace=NAMESPACE,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-        )
+        with _apart_from_signals():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                namespace=NAMESPACE,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+            )
     except Exception as error:
         if token is not None:
             _set_auth(mode=None, token=None)
@@ -126,6 +130,22 @@ def connect(cluster: ClusterConfig, num_workers: int) -> Connection:
     )
 
 
+@contextlib.contextmanager
+def _apart_from_signals() -> Iterator[None]:
+    """Ray's processes get process groups of their own.
+
+    A signal to this process's group (`timeout`, a service manager) is meant for the run, which
+    needs its Ray to end in order. The kernel ends Ray's processes if this one dies.
+    """
+    real = services.ConsolePopen
+    # pyrefly: ignore [bad-assignment]
+    services.ConsolePopen = functools.partial(real, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = real
+
+
 def attach(address: str, auth_token: str | None = None) -> Connection:
     """Join the Ray at `address` (`HOST:PORT`) from another process than the one that started it.
 
@@ -134,6 +154,15 @@ def attach(address: str, auth_token: str | None = None) -> Connection:
     os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
     _check_address(address)
     return _join(address, auth_token)
+
+
+def answers(address: str) -> bool:
+    """Whether a Ray head is alive at `address`; takes seconds at most."""
+    try:
+        _probe(address)
+    except RunError:
+        return False
+    return True
 
 
 def _join(address: str, auth_token: str | None) -> Connection:
