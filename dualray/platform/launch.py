@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.placement_group import remove_placement_group
 
 from dualray.actors.cluster import NAMESPACE, Connection, connect
 from dualray.actors.placement import reserve
@@ -21,14 +19,14 @@ from dualray.errors import ConfigError, RunError
 from dualray.model.count import count_parameters
 from dualray.platform.console import Console, RunSummary
 from dualray.platform.controller import ON_HEAD_NODE, Assignment, Controller
-from dualray.platform.events import Note, StateChange
 from dualray.platform.folder import RunFolder
-from dualray.platform.metrics import StepMetrics
+from dualray.platform.following import Following, interrupts, named_actor
+from dualray.platform.live import LOST, look
 from dualray.platform.readable import count
 from dualray.platform.run_file import RunFile, parse_run_file, to_mapping
 from dualray.platform.states import RunState
 
-_POLL_S = 0.5
+_ANSWER_WITHIN_S = 30.0
 
 
 def plan_training(run: RunFile, *, resume: bool, console: Console) -> Assignment:
@@ -155,22 +153,47 @@ def launch(assignment: Assignment, console: Console) -> None:
     one does not wait. Raises RunError with the reason if the run fails.
     """
     run = assignment.run
-    connection = connect(run.cluster, run.layout.world_size)
-    controller: Any = None
-    try:
-        controller = _create(assignment, connection, console)
-        console.header(summary_of(assignment))
-        controller.run.remote()
-        _follow(controller, console)
-    finally:
-        if controller is not None:
-            ray.kill(controller)
-        connection.close()
+    with interrupts() as received:
+        try:
+            _refuse_if_alive(assignment.folder)
+            connection = connect(run.cluster, run.layout.world_size)
+            try:
+                following = _create(assignment, connection, console)
+            except BaseException:
+                connection.close()
+                raise
+        except KeyboardInterrupt:
+            console.note("stopped before the run had started")
+            return
+        received.wait_for_the_step = True
+        try:
+            console.header(summary_of(assignment))
+            following.controller.run.remote()
+            following.follow(console, received)
+        finally:
+            following.end()
 
 
-def _create(assignment: Assignment, connection: Connection, console: Console) -> Any:
+def _refuse_if_alive(folder: RunFolder) -> None:
+    """Two controllers must not write into one folder, whichever Ray they live in."""
+    if not folder.run_json.is_file():
+        return
+    state = look(folder)["state"]
+    if state != LOST and not RunState(state).is_final:
+        raise _taken(folder.path.name, f"{state} already")
+
+
+def _taken(name: str, state: str) -> RunError:
+    return RunError(
+        f"run {name} is {state}",
+        hint=f"stop it with `dualray stop {name}`, or give this run another name",
+    )
+
+
+def _create(assignment: Assignment, connection: Connection, console: Console) -> Following:
+    """Reserve places and start the controller; leaves neither behind if that fails."""
     run = assignment.run
-    _refuse_if_live(run.name)
+    _refuse_name(run.name)
     group = reserve(
         run.layout.world_size,
         run.cluster,
@@ -186,68 +209,25 @@ def _create(assignment: Assignment, connection: Connection, console: Console) ->
         resources=ON_HEAD_NODE,
         max_concurrency=8,
     )
-    controller: Any = actor.remote(assignment, group, connection)
-    ray.get(controller.poll.remote(0, 0.0))
-    return controller
-
-
-def _refuse_if_live(name: str) -> None:
     try:
-        old: Any = ray.get_actor(f"{name}.controller", namespace=NAMESPACE)
-    except ValueError:
+        controller: Any = actor.remote(assignment, group, connection)
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return Following(assignment.folder, connection, controller, group)
+
+
+def _refuse_name(name: str) -> None:
+    """Raises RunError if the cluster has a run of that name; one that has ended is cleared away."""
+    old = named_actor(f"{name}.controller")
+    if old is None:
         return
-    state = ray.get(old.status.remote(), timeout=10)["state"]
+    try:
+        state = ray.get(old.status.remote(), timeout=_ANSWER_WITHIN_S)["state"]
+    except RayActorError:
+        return
+    except GetTimeoutError:
+        raise _taken(name, "on this cluster already, and busy") from None
     if not RunState(state).is_final:
-        raise RunError(
-            f"run {name} is {state} on this cluster already",
-            hint=f"stop it with `dualray stop {name}`, or give this run another name",
-        )
+        raise _taken(name, f"{state} on this cluster already")
     ray.kill(old)
-
-
-def _follow(controller: Any, console: Console) -> None:
-    seen = 0
-    with _interrupts() as interrupts:
-        told = 0
-        while True:
-            if interrupts.count > told:
-                told = interrupts.count
-                if told > 1:
-                    raise RunError("the run was ended without waiting", hint="resume with --resume")
-                console.note("stopping after this step; once more to end at once")
-                controller.stop.remote()
-            events = ray.get(controller.poll.remote(seen, _POLL_S))
-            seen += len(events)
-            for event in events:
-                if isinstance(event, StepMetrics):
-                    console.step(event)
-                elif isinstance(event, Note):
-                    (console.warn if event.warning else console.note)(event.text)
-                elif event.state is RunState.FAILED:
-                    sentence, _, hint = event.reason.rstrip(".").rpartition("; ")
-                    raise RunError(sentence or hint, hint=hint if sentence else "see the log")
-                elif isinstance(event, StateChange) and event.state.is_final:
-                    return
-
-
-class _Interrupts:
-    count = 0
-
-
-@contextmanager
-def _interrupts() -> Iterator[_Interrupts]:
-    """Counts SIGINT and SIGTERM instead of dying of them."""
-    received = _Interrupts()
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(signum: int, frame: Any) -> None:
-        received.count += 1
-
-    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)

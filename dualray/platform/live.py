@@ -8,25 +8,30 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from dualray.actors.cluster import NAMESPACE, attach
 from dualray.errors import RunError
 from dualray.platform.folder import RunFolder
 from dualray.platform.states import RunState
 
+LOST = "lost"
+"""Shown for a run whose last word was not its end and that nobody answers for."""
+
 _POLL_S = 0.2
+_ANSWER_WITHIN_S = 30.0
 
 
 def look(folder: RunFolder) -> dict[str, Any]:
-    """The run's present state; a run whose controller is gone without a word is `lost`."""
+    """The run's present state, `LOST` if its controller is gone without a word."""
     state = _public(folder.read_state())
     if RunState(state["state"]).is_final:
         return state
     try:
         with _controller(folder) as controller:
-            return ray.get(controller.status.remote(), timeout=10)
+            return ray.get(controller.status.remote(), timeout=_ANSWER_WITHIN_S)
     except RunError:
-        return state | {"state": "lost", "target": None}
+        return state | {"state": LOST, "target": None}
 
 
 def end(folder: RunFolder, timeout_s: float) -> str:
@@ -36,13 +41,14 @@ def end(folder: RunFolder, timeout_s: float) -> str:
     if RunState(state["state"]).is_final:
         return f"run {name} has ended already ({state['state']})"
     with _controller(folder) as controller:
-        ray.get(controller.stop.remote(), timeout=10)
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            state = folder.read_state()
-            if RunState(state["state"]).is_final:
-                return f"run {name} is {state['state']}"
-            time.sleep(_POLL_S)
+        ray.get(controller.stop.remote(), timeout=_ANSWER_WITHIN_S)
+    # Not connected any more: an embedded Ray ends with its run, and would take us along.
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        state = folder.read_state()
+        if RunState(state["state"]).is_final:
+            return f"run {name} is {state['state']}"
+        time.sleep(_POLL_S)
     raise RunError(
         f"run {name} is still {state['state']} after {timeout_s:g} s", hint="wait and look again"
     )
@@ -54,10 +60,14 @@ def _controller(folder: RunFolder) -> Iterator[Any]:
     connection = attach(state["address"], state.get("auth_token"))
     try:
         yield ray.get_actor(f"{state['name']}.controller", namespace=NAMESPACE)
-    except ValueError:
+    except (ValueError, RayActorError):
         raise RunError(
             f"run {state['name']} has no controller at {state['address']}",
             hint="it has ended; continue it with dualray train --resume",
+        ) from None
+    except GetTimeoutError:
+        raise RunError(
+            f"run {state['name']} does not answer at {state['address']}", hint="try again"
         ) from None
     finally:
         connection.close()

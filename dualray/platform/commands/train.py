@@ -33,8 +33,10 @@ def train(
         settings.append(f"cluster.address={address}")
     run = load_run_file(run_file, settings)
     with Console(log_every=run.train.log_every) as console:
-        launch(plan_training(run, resume=resume, console=console), console)
-        console.note(f"next: dualray report runs/{run.name}")
+        assignment = plan_training(run, resume=resume, console=console)
+        launch(assignment, console)
+        if assignment.folder.metrics.is_file():
+            console.note(f"next: dualray report runs/{run.name}")
 
 
 def serve(
