@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import xxhash
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from dualray.actors.cluster import NAMESPACE, Connection
@@ -42,6 +43,7 @@ ON_HEAD_NODE = {"node:__internal_head__": 0.001}
 """Pins controller and engine to the head node, which a Kubernetes Service can select."""
 
 _FIRST_REQUEST_LIMIT_S = 120.0
+_LOOK_AFTER_WORKERS_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +120,12 @@ class Controller:
             else:
                 gang.call("restore_weights", path)
         ended = time.time()
-        if self._a.trains:
+        if self._a.trains and not self._stop.is_set():
             ended = self._train(gang)
         if run.serve.after_training and not self._stop.is_set():
             self._serve(gang, ended)
-            self._stop.wait()
+            while not self._stop.wait(_LOOK_AFTER_WORKERS_S):
+                gang.call("info")
 
     def _spec(self) -> WorkerSpec:
         run = self._a.run
@@ -247,13 +250,19 @@ class Controller:
         ray.util.remove_placement_group(self._group)
 
     def _explain(self, error: Exception) -> str:
+        if isinstance(error, RayTaskError):
+            error = error.cause  # the engine's own; str(RayTaskError) is a traceback
         if not isinstance(error, DualrayError):
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if not isinstance(error, WorkerLostError):
             return str(error)
-        last = None if self._training is None else self._training.last_checkpoint
+        last = self._a.restore_from if self._a.resumes or not self._a.trains else None
+        if self._training is not None:
+            last = self._training.last_checkpoint or last
         if last is None:
             return f"{error.sentence}; no checkpoint was committed, start the run again."
+        if not self._a.trains:
+            return f"{error.sentence}; serve {last} again."
         return (
             f"{error.sentence}; the last committed checkpoint is {last}, continue from it with "
             "--resume."

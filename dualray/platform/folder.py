@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from dualray.checkpoint.store import steps
 from dualray.errors import RunError
 
 RUNS = Path("runs")
@@ -64,11 +65,14 @@ class RunFolder:
 
     def refuse_if_used(self) -> None:
         """Raises RunError if an earlier run left metrics or checkpoints here."""
+        can_resume = bool(steps(self.checkpoints))
         for left in (self.metrics, self.checkpoints):
             if left.exists():
                 raise RunError(
                     f"{_shown(self.path)} already holds the {left.name} of a run",
-                    hint="continue it with --resume, or give this run another name",
+                    hint="continue it with --resume, or give this run another name"
+                    if can_resume
+                    else "it has no checkpoint: delete it, or give this run another name",
                 )
 
     def create(self, configuration: dict[str, Any]) -> None:
