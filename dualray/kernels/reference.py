@@ -5,7 +5,6 @@ N rows, e groups (local experts), K inner width, M outer width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 

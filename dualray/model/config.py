@@ -106,6 +106,12 @@ class ModelConfig:
                     f"model.{field} is {getattr(self, field)} and must not be negative",
                     hint=f"set model.{field} to 0 or more",
                 )
+        for field in "rms_norm_eps rope_theta initializer_range routed_scaling_factor".split():
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ConfigError(
+                    f"model.{field} is {getattr(self, field)} and must be finite and above 0",
+                    hint=f"set model.{field} to its usual value",
+                )
         if self.qk_rope_head_dim % 2:
             raise ConfigError(
                 f"model.qk_rope_head_dim is {self.qk_rope_head_dim} and must be even, since "

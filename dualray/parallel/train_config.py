@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dualray.errors import ConfigError
 from dualray.parallel.lr import LrConfig
 from dualray.parallel.optimizer import OptimizerConfig
+
+_AT_LEAST_ONE = (
+    "steps seq_len micro_batch_size micro_batches eval_batches keep_checkpoints log_every".split()
+)
+_NOT_NEGATIVE = "clip_norm gamma alpha mtp_lambda eval_every checkpoint_every".split()
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -68,13 +74,9 @@ class TrainConfig:
     """Steps between printed lines when the output is no terminal; every step is recorded."""
 
     def __post_init__(self) -> None:
-        for (
-            field
-        ) in "steps seq_len micro_batch_size micro_batches keep_checkpoints log_every".split():
+        for field in _AT_LEAST_ONE:
             self._at_least(field, 1)
-        for (
-            field
-        ) in "clip_norm gamma alpha mtp_lambda eval_every eval_batches checkpoint_every".split():
+        for field in _NOT_NEGATIVE:
             self._at_least(field, 0)
         if self.dtype not in DTYPES:
             raise ConfigError(
@@ -85,7 +87,7 @@ class TrainConfig:
         self.optimizer_config()
 
     def _at_least(self, field: str, bound: int) -> None:
-        if not getattr(self, field) >= bound:
+        if not bound <= getattr(self, field) < math.inf:
             raise ConfigError(
                 f"train.{field} is {getattr(self, field)} and must be at least {bound}",
                 hint=f"set train.{field} to {bound} or more",

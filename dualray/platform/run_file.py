@@ -89,10 +89,25 @@ def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunFile:
     return parse_run_file(read_mapping(Path(path)), overrides)
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML whose mappings name every key once; plain YAML keeps the last of equals silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The YAML mapping in a file. Raises ConfigError if there is none."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError:
         raise ConfigError(f"run file {path} does not exist", hint="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -101,7 +116,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where is not None else ""
         problem = getattr(error, "problem", None) or "bad syntax"
-        raise ConfigError(f"run file {path}{line} is not YAML ({problem})", hint="fix it") from None
+        raise ConfigError(
+            f"run file {path}{line} is not YAML ({problem})", hint="fix it"
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"run file {path} holds no sections", hint="see examples/") from None
     return values
@@ -110,9 +127,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def parse_run_file(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunFile:
     """Check and convert the contents of a run file."""
     merged: dict[str, Any] = dict(values)
-    merged["model"] = _model_values(merged.get("model"))
+    _name_preset(merged)
     for override in overrides:
         _apply(merged, override)
+        _name_preset(merged)
+    _fill_in_preset(merged)
     _refuse_unknown_keys(RunFile, merged, "")
     try:
         return TypeAdapter(RunFile).validate_python(merged)
@@ -132,14 +151,18 @@ def to_mapping(run: RunFile) -> dict[str, Any]:
     return dataclasses.asdict(run)
 
 
-def _model_values(model: Any) -> Any:
-    """A preset's values, with the run file's own on top of them."""
-    if isinstance(model, str):
-        return _preset(model)
+def _name_preset(values: dict[str, Any]) -> None:
+    """`model: demo` means `model: {preset: demo}`; overrides may change either."""
+    if isinstance(values.get("model"), str):
+        values["model"] = {"preset": values["model"]}
+
+
+def _fill_in_preset(values: dict[str, Any]) -> None:
+    """Replace a preset's name by its values, under what the run file says itself."""
+    model = values.get("model")
     if isinstance(model, Mapping) and "preset" in model:
-        rest = {key: value for key, value in model.items() if key != "preset"}
-        return _preset(str(model["preset"])) | rest
-    return dict(model) if isinstance(model, Mapping) else model
+        own = {key: value for key, value in model.items() if key != "preset"}
+        values["model"] = _preset(str(model["preset"])) | own
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -166,9 +189,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         inner = target.get(section)
         target[section] = dict(inner) if isinstance(inner, Mapping) else {}
         target = target[section]
-    target[last] = yaml.safe_load(text)
-    if key == "model":
-        values["model"] = _model_values(values["model"])
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"--set {override!r} has a value that is not YAML", hint="quote it for the shell"
+        ) from None
 
 
 def _refuse_unknown_keys(cls: type, values: Any, prefix: str) -> None:

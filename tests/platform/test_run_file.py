@@ -180,7 +180,7 @@ def test_unknown_key_with_nothing_near() -> None:
     )
 
 
-@pytest.mark.parametrize("missing", ["name", "data", "train"])
+@pytest.mark.parametrize("missing", ["name", "model", "data", "train"])
 def test_a_section_that_must_be_there(missing: str) -> None:
     values = mapping()
     del values[missing]
@@ -312,3 +312,22 @@ def test_files_that_are_no_run_files(tmp_path: Path) -> None:
     path.write_bytes(b"name: \xff\xfe\n")
     assert refusal_of(path).startswith(f"run file {path} cannot be read (")
     assert refusal_of(tmp_path).startswith(f"run file {tmp_path} cannot be read (")
+
+
+def test_a_key_given_twice_and_a_value_that_is_no_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\ntrain:\n  steps: 1\n  steps: 2\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"line 4 is not YAML \(steps is given twice\)"):
+        load_run_file(path)
+    assert "has a value that is not YAML" in refusal(mapping(), "train.steps=[1")
+
+
+def test_an_override_may_name_the_preset() -> None:
+    run = parse_run_file(mapping(), ["model.preset=demo", "model.vocab_size=600"])
+    assert (run.model.hidden_size, run.model.vocab_size) == (160, 600)
+
+
+@pytest.mark.parametrize("override", ["train.gamma=.inf", "model.rms_norm_eps=-1"])
+def test_numbers_that_cannot_be_meant(override: str) -> None:
+    field, _, _ = override.partition("=")
+    assert refusal(mapping(), override).startswith(f"{field} is ")
