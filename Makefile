@@ -1,5 +1,8 @@
 # Two commands do everything: `make demo` and `make test`.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first interpreter that runs and fits; a name on the PATH may be a shim that does not run.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+  $$p -c '$(FITS)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
@@ -10,8 +13,8 @@ PYTEST_WORKERS ?= 2
 # torch first and under its exact pin: an open range would pull gigabytes of CUDA libraries on
 # machines that have a CPU build. DeepSpeed's build looks at the installed torch, hence no isolation.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
-	  || { echo "dualray needs Python 3.11 or 3.12, found $$("$(PYTHON)" --version); set PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@"$(PYTHON)" -c '$(FITS)' >/dev/null 2>&1 \
+	  || { echo "dualray needs Python 3.11 or 3.12 and found $$(python3 --version 2>&1); install one, or set PYTHON=/path/to/python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch numpy setuptools wheel
 	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt deepspeed

@@ -116,9 +116,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where is not None else ""
         problem = getattr(error, "problem", None) or "bad syntax"
-        raise ConfigError(
-            f"run file {path}{line} is not YAML ({problem})", hint="fix it"
-        ) from None
+        raise ConfigError(f"run file {path}{line} is not YAML ({problem})", hint="fix it") from None
     if not isinstance(values, dict):
         raise ConfigError(f"run file {path} holds no sections", hint="see examples/") from None
     return values
