@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -14,10 +16,16 @@ _CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
 
 
 def free_port() -> int:
-    """A loopback port nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A loopback port nobody listens on, to be listened on soon.
+
+    It comes from below the kernel's range for outgoing connections (32768 on Linux) and above Ray's
+    (10002 to 19999): what the kernel itself offers may be some connection's own end by then.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _child(function: Callable, rank: int, args: tuple, results: Any) -> None:
