@@ -229,6 +229,10 @@ def _json_object(text: str) -> dict[str, Any]:
         raise _wrong(
             "sampling_parameters", f"no JSON ({error.msg} at {error.pos})", "send a JSON object"
         ) from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, or deep nesting
+        raise _wrong(
+            "sampling_parameters", "no JSON that can be read", "send a plain JSON object"
+        ) from None
     if not isinstance(value, dict):
         raise _wrong("sampling_parameters", type(value).__name__, "it must be a JSON object")
     return value

@@ -78,7 +78,8 @@ def _draw(scores_BV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     probs, ids = torch.softmax(scores, dim=-1).sort(dim=-1, descending=True, stable=True)
     V = probs.shape[1]
     place_V = torch.arange(V, device=probs.device)
-    top_k = column([s.top_k if s.top_k > 0 else V for s in specs])
+    # Cut to V first: a caller's whole number may be larger than any float.
+    top_k = column([min(s.top_k, V) if s.top_k > 0 else V for s in specs])
     min_p = column([s.min_p for s in specs])
     probs = probs.masked_fill((place_V >= top_k) | (probs < min_p * probs[:, :1]), 0.0)
     probs = probs / probs.sum(dim=-1, keepdim=True)

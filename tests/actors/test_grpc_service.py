@@ -12,8 +12,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.serving import LIMITS, Served, serving
 
 from dualray.actors.grpc_server import SERVICE, InferenceServer
-from dualray.actors.infer_messages import Answer
-from dualray.errors import ResourceError
+from dualray.actors.infer_messages import Answer, parse_call
+from dualray.errors import RequestError, ResourceError
 from dualray.inference.plan import Owner
 from dualray.proto import inference_pb2 as pb
 from dualray.proto import inference_pb2_grpc as pb_grpc
@@ -253,6 +253,17 @@ def test_malformed_messages_are_refused_with_their_field(stub, shared, request_,
         stub.ModelInfer(request_)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert raised.value.details().startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "sampling", ["[" * 100_000, '{"top_k": ' + "9" * 5000 + "}"], ids=["deep", "long"]
+)
+def test_json_that_python_cannot_read_is_the_callers_fault(sampling):
+    request = call()
+    tensor = request.inputs.add(name="sampling_parameters", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(sampling.encode())
+    with pytest.raises(RequestError, match=r"^sampling_parameters is no JSON that can be read"):
+        parse_call(request, one_answer=True)
 
 
 @pytest.mark.parametrize("sampling", ['{"\\ud800": 1}', '{"stop": [' + '"", ' * 9000 + '""]}'])

@@ -46,6 +46,11 @@ def test_a_request_draws_the_same_whoever_shares_its_batch():
     assert tokens(logits[mixed], others)[::2] == [alone[0], alone[2]]
 
 
+def test_any_whole_top_k_is_taken():
+    # JSON's numbers have no bound; one request must not fail the step that others share.
+    assert draws(torch.zeros(3), top_k=10**400) == {0, 1, 2}
+
+
 def test_seed_and_position_both_matter():
     logits = torch.zeros(1, 1000)
     base = tokens(logits, [spec()])
