@@ -54,6 +54,9 @@ class EngineState(StrEnum):
     STOPPED = "stopped"
 
 
+_ENDED = (EngineState.FAILED, EngineState.STOPPED)
+
+
 @dataclass(kw_only=True)
 class EngineStats:
     """Counters since the engine started. Times in nanoseconds."""
@@ -110,13 +113,27 @@ class Engine:
         self._task = asyncio.create_task(self._loop(), name="engine")
 
     async def serve(self, weights: Weights) -> None:
-        """Takes requests from now on, answered by `weights`."""
+        """Takes requests from now on, answered by `weights`.
+
+        Raises:
+            NotServingError: the engine has failed or stopped, so no loop would answer.
+        """
+        if self.state in _ENDED:
+            raise NotServingError(
+                f"model {self.model_name} cannot serve again, its engine has {self.state}",
+                hint="start the run again",
+            )
         self.weights = weights
         self.stats.first_token_unix_s = None
         await self._enter(EngineState.SERVING)
 
     async def drain(self, then: EngineState = EngineState.TRAINING) -> None:
-        """Refuses new requests, lets the accepted ones end, and enters `then`."""
+        """Refuses new requests, lets the accepted ones end, and enters `then`.
+
+        What has failed or stopped stays so.
+        """
+        if self.state in _ENDED:
+            return
         await self._enter(EngineState.DRAINING)
         await self._idle.wait()
         if self.state is EngineState.DRAINING:

@@ -204,6 +204,26 @@ def test_a_bug_of_the_engine_tells_whoever_waits():
     )
 
 
+def test_a_failed_engine_does_not_come_back():
+    """Its loop has ended: a request that it accepted would wait for its deadline."""
+
+    async def lose(plan):
+        raise ConnectionError("gone")
+
+    async def scenario(engine):
+        with pytest.raises(NotServingError, match="the workers failed in step 1"):
+            await engine.submit("x", params()).whole()
+        await engine.drain()
+        assert engine.state is EngineState.FAILED
+        with pytest.raises(NotServingError) as raised:
+            await engine.serve(Weights(training_step=4, digest="e"))
+        return str(raised.value)
+
+    assert run(scenario, lose) == (
+        "model m cannot serve again, its engine has failed; start the run again."
+    )
+
+
 def test_a_refused_request_leaves_nothing_behind():
     async def scenario(engine):
         for prompt, given in (
