@@ -134,6 +134,11 @@ def _read_jsonl(file: SourceFile) -> Iterator[Piece]:
                 f"{file.name} line {number} is not JSON: {error.msg} at column {error.colno}",
                 hint="each line must be one JSON object",
             ) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{file.name} line {number} has a number too long or nesting too deep to be read",
+                hint="shorten or remove that line",
+            ) from error
         if not isinstance(row, dict) or not isinstance(row.get(TEXT_COLUMN), str):
             found = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
             raise DataError(

@@ -144,6 +144,11 @@ BAD_FILES = {
         "json.jsonl line 3 is not JSON: Expecting ',' delimiter at column 13; each line must be "
         "one JSON object.",
     ),
+    "long.jsonl": (
+        b'{"text": "a"}\n{"n": ' + b"9" * 5000 + b"}\n",
+        "long.jsonl line 2 has a number too long or nesting too deep to be read; shorten or remove "
+        "that line.",
+    ),
     "field.jsonl": (
         b'{"text": "a"}\n{"title": "b", "body": "c"}\n',
         "field.jsonl line 2 has no string field `text` (found: body, title); each line must look "
