@@ -25,11 +25,18 @@ class YarnConfig:
     """Coefficient of ln(factor) in the softmax scale; 0 leaves the scale alone."""
 
     def __post_init__(self) -> None:
-        if self.factor < 1.0:
+        if not 1.0 <= self.factor < float("inf"):
             raise ConfigError(
-                f"model.rope_scaling.factor is {self.factor} and must be at least 1",
+                f"model.rope_scaling.factor is {self.factor} and must be finite and at least 1",
                 hint="remove rope_scaling to keep the original context",
             )
+        for field in "original_max_position_embeddings beta_fast beta_slow".split():
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ConfigError(
+                    f"model.rope_scaling.{field} is {getattr(self, field)} and must be finite and "
+                    "above 0",
+                    hint=f"set model.rope_scaling.{field} as the model's config.json has it",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,11 @@ class ModelConfig:
                     f"model.{field} is {getattr(self, field)} and must be at least 1",
                     hint=f"set model.{field} to 1 or more",
                 )
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ConfigError(
+                f"model.q_lora_rank is {self.q_lora_rank} and must be at least 1",
+                hint="set model.q_lora_rank to 1 or more, or to null for uncompressed queries",
+            )
         for field in "n_shared_experts first_k_dense_replace num_nextn_predict_layers".split():
             if getattr(self, field) < 0:
                 raise ConfigError(
