@@ -39,8 +39,9 @@ def weight_pieces(trainer: Trainer) -> Iterator[Piece]:
 def pieces(trainer: Trainer) -> Iterator[Piece]:
     """What this rank writes; over the world every element of the state comes once."""
     yield from weight_pieces(trainer)
+    slices = _state_slices(trainer)
     for name, kind, start, values in trainer.optimizer.state_pieces():
-        for part, part_start, chunk in _cut(_slices_of(trainer, name), start, values):
+        for part, part_start, chunk in _cut(slices[name], start, values):
             yield Piece(
                 name=state_name(kind, part.name), shape=part.shape, start=part_start, tensor=chunk
             )
@@ -65,10 +66,11 @@ def restore_weights(trainer: Trainer, reader: Reader) -> None:
 def restore(trainer: Trainer, reader: Reader, *, step: int) -> None:
     """Weights and optimizer state after `step` optimizer steps."""
     restore_weights(trainer, reader)
+    slices = _state_slices(trainer)
 
     def read(name: str, kind: str, start: int, count: int) -> Tensor:
         out = torch.empty(count, dtype=torch.float32)
-        for part in _slices_of(trainer, name):
+        for part in slices[name]:
             low, high = max(part.start, start), min(part.start + part.numel, start + count)
             if low < high:
                 values = reader.read(state_name(kind, part.name), low - part.start, high - low)
@@ -84,11 +86,11 @@ def state_name(kind: str, logical: str) -> str:
     return f"optimizer.{kind}/{logical}"
 
 
-def _slices_of(trainer: Trainer, name: str) -> list[LogicalSlice]:
-    if name == EMBEDDING:
-        shape = (trainer.model.vocab_size, trainer.model.hidden_size)
-        return [LogicalSlice(name=EMBEDDING_LOGICAL, shape=shape, start=0)]
-    return trainer.held.slices()[name]
+def _state_slices(trainer: Trainer) -> dict[str, list[LogicalSlice]]:
+    """The logical tensors in each parameter that has state, the last stage's embedding included."""
+    shape = (trainer.model.vocab_size, trainer.model.hidden_size)
+    embedding = LogicalSlice(name=EMBEDDING_LOGICAL, shape=shape, start=0)
+    return trainer.held.slices() | {EMBEDDING: [embedding]}
 
 
 def _cut(
