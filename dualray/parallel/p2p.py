@@ -26,7 +26,7 @@ class PipelineLinks:
         self._ranks = pipeline_ranks
         self._in_flight: deque[tuple[dist.Work, Tensor]] = deque()
         self.waited_s = 0.0
-        """Seconds spent waiting for others since the last `reset`."""
+        """Seconds spent waiting for others; the executor sets it to 0 before each walk."""
 
     def send(self, kind: str, direction: int, tensor: Tensor, to: int) -> None:
         """Start sending to pipeline rank `to`."""

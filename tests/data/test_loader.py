@@ -10,6 +10,11 @@ from hypothesis import strategies as st
 from dualray.data.dataset import TokenDataset
 from dualray.data.loader import IGNORED, DataConfig, Loader
 from dualray.errors import ConfigError, DataError
+from dualray.model.stage import IGNORED_LABEL
+
+
+def test_what_the_loader_masks_is_what_the_loss_ignores():
+    assert IGNORED == IGNORED_LABEL
 
 
 def all_tokens(dataset: TokenDataset, split: str) -> np.ndarray:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dualray.data.loader import IGNORED
 from dualray.model.config import ModelConfig
 from dualray.parallel.groups import Rendezvous
 from dualray.parallel.layout import Layout
@@ -22,7 +23,10 @@ class Window:
 
 @dataclass(frozen=True)
 class SkewedTokens:
-    """A `TokenSource`: few ids are frequent, so that there is something to learn and to balance."""
+    """A `TokenSource`: few ids are frequent, so that there is something to learn and to balance.
+
+    Sequences end in up to three masked targets, so that workers count different numbers of them.
+    """
 
     vocab_size: int
     seq_len: int
@@ -37,8 +41,11 @@ class SkewedTokens:
             draws = np.random.default_rng(key).random(self.seq_len + 1 + self.depths)
             rows.append((draws**3 * self.vocab_size).astype(np.int64))
         window = np.stack(rows)
-        labels = [window[:, d + 1 : d + 1 + self.seq_len] for d in range(self.depths + 1)]
-        return Window(ids=window[:, : self.seq_len], labels=np.stack(labels))
+        labels = np.stack([window[:, d + 1 : d + 1 + self.seq_len] for d in range(self.depths + 1)])
+        for row, number in enumerate(range(first, first + count)):
+            for depth in range(self.depths + 1):
+                labels[depth, row, self.seq_len - depth - number % 4 :] = IGNORED
+        return Window(ids=window[:, : self.seq_len], labels=labels)
 
 
 def tokens_for(model: ModelConfig, train: TrainConfig) -> SkewedTokens:
