@@ -12,22 +12,20 @@ that join it send none. Where RAY_AUTH_MODE is set already, that stands.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import grpc
 import ray
 from ray import _raylet
-from ray._private import services
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import get_ray_address_from_environment
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
+from dualray.actors.ray_processes import apart_from_signals, await_end, family
 from dualray.errors import ConfigError, ResourceError, RunError
 
 NAMESPACE = "dualray"
@@ -84,12 +82,20 @@ class Connection:
     """True where `connect` started this Ray; it ends with this process."""
     auth_token: str | None
     """What other processes give to `attach`; a secret: keep it in files of mode 0600 only."""
+    pids: tuple[int, ...] = ()
+    """Ray's processes that `connect` started here; all others descend from them."""
 
     def close(self) -> None:
-        """Leave Ray; an embedded one ends, with every actor in it."""
+        """Leave Ray; an embedded one has ended when this returns, with every actor in it."""
+        members = family(self.pids)
         ray.shutdown()
+        await_end(members)
         if self.auth_token is not None:
             _set_auth(mode=None, token=None)
+
+    def kill(self) -> None:
+        """End an embedded Ray whose head has crashed: nobody is left to end it in order."""
+        await_end(family(self.pids), limit_s=0)
 
 
 def connect(cluster: ClusterConfig, num_workers: int) -> Connection:
@@ -106,8 +112,9 @@ def connect(cluster: ClusterConfig, num_workers: int) -> Connection:
         _set_auth(mode="token", token=token)
     # Two more than the workers ask for: the controller and the engine.
     num_cpus = math.ceil(num_workers * cluster.cpus_per_worker) + 2
+    pids: list[int] = []
     try:
-        with _apart_from_signals():
+        with apart_from_signals() as pids:
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -117,33 +124,23 @@ def connect(cluster: ClusterConfig, num_workers: int) -> Connection:
                 logging_level=logging.ERROR,
                 object_store_memory=_OBJECT_STORE_BYTES,
             )
-    except Exception as error:
+    except BaseException as error:
+        await_end(family(pids), limit_s=0)
         if token is not None:
             _set_auth(mode=None, token=None)
+        if not isinstance(error, Exception):
+            raise
         raise ResourceError(
             f"Ray does not start on this machine ({_first_line(error)})",
             hint="look into /tmp/ray/session_latest/logs, or set cluster.address to a running "
             "cluster",
         ) from error
     return Connection(
-        address=ray.get_runtime_context().gcs_address, embedded=True, auth_token=token
+        address=ray.get_runtime_context().gcs_address,
+        embedded=True,
+        auth_token=token,
+        pids=tuple(pids),
     )
-
-
-@contextlib.contextmanager
-def _apart_from_signals() -> Iterator[None]:
-    """Ray's processes get process groups of their own.
-
-    A signal to this process's group (`timeout`, a service manager) is meant for the run, which
-    needs its Ray to end in order. The kernel ends Ray's processes if this one dies.
-    """
-    real = services.ConsolePopen
-    # pyrefly: ignore [bad-assignment]
-    services.ConsolePopen = functools.partial(real, process_group=0)
-    try:
-        yield
-    finally:
-        services.ConsolePopen = real
 
 
 def attach(address: str, auth_token: str | None = None) -> Connection:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from dualray.actors.cluster import NAMESPACE, Connection, answers
@@ -21,40 +22,51 @@ from dualray.platform.folder import RunFolder
 from dualray.platform.metrics import StepMetrics
 from dualray.platform.states import RunState
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL_S = 0.5
 _ANSWER_WITHIN_S = 2.0
+_LOOK_EVERY_S = 5.0
 _UNANSWERED = 5
-"""Looks for a silent head before it is given up: 10 s if it refuses, 35 s if it is cut off. Ray
-would end this whole process after 60 s, without an exception."""
+"""Looks for a silent head, a second apart, before it is given up: 10 s if it refuses, 35 s if it
+is cut off. Actors may answer without it, but Ray ends this whole process after 60 s, without an
+exception."""
 
 
 class Interrupts:
-    """How many SIGINT and SIGTERM have come."""
+    """How many SIGINT and SIGTERM have come since there was a run to stop.
 
-    count = 0
-    wait_for_the_step = False
-    """Before there is a run to stop, a signal interrupts whatever is going on."""
+    Before that a signal interrupts whatever is going on. Only the main thread hears signals.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._counts = False
+
+    def listen(self, *, count: bool) -> None:
+        """Takes the signals, again after Ray has started: it puts its own handler for SIGTERM."""
+        self._counts = count
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, self._take)
+
+    def _take(self, signum: int, frame: Any) -> None:
+        if not self._counts:
+            raise KeyboardInterrupt
+        self.count += 1
 
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Counts SIGINT and SIGTERM instead of dying of them."""
+    """SIGINT and SIGTERM do not end this process inside."""
+    old = {number: signal.getsignal(number) for number in _SIGNALS}
     received = Interrupts()
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(signum: int, frame: Any) -> None:
-        if not received.wait_for_the_step:
-            raise KeyboardInterrupt
-        received.count += 1
-
-    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    received.listen(count=False)
     try:
         yield received
     finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in old.items():
+                signal.signal(number, handler)
 
 
 class Following:
@@ -68,6 +80,7 @@ class Following:
         self._connection = connection
         self._group = group
         self._unanswered = 0
+        self._next_look = time.monotonic() + _LOOK_EVERY_S
 
     def follow(self, console: Console, received: Interrupts) -> None:
         """Show events until the run has ended. Raises RunError with the reason if it fails."""
@@ -105,19 +118,28 @@ class Following:
 
     def _new_events(self, first: int) -> list[Event]:
         """Events from number `first` on, none after a while. Raises RunError if nobody tells."""
+        self._look_for_head()
         try:
-            events = ray.get(
+            return ray.get(
                 self.controller.poll.remote(first, _POLL_S), timeout=_POLL_S + _ANSWER_WITHIN_S
             )
         except GetTimeoutError:
-            self._unanswered = 0 if answers(self._connection.address) else self._unanswered + 1
-            if self._unanswered < _UNANSWERED:
-                return []
-            raise self._lost(f"the Ray head at {self._connection.address} is gone") from None
+            return []
+        except ActorUnavailableError:  # for now; Ray says so at once
+            time.sleep(_POLL_S)
+            return []
         except RayActorError:
             raise self._lost(f"the controller of run {self._folder.path.name} died") from None
-        self._unanswered = 0
-        return events
+
+    def _look_for_head(self) -> None:
+        if time.monotonic() < self._next_look:
+            return
+        address = self._connection.address
+        self._unanswered = 0 if answers(address) else self._unanswered + 1
+        if self._unanswered == _UNANSWERED:
+            self._connection.kill()
+            raise self._lost(f"the Ray head at {address} is gone")
+        self._next_look = time.monotonic() + (1.0 if self._unanswered else _LOOK_EVERY_S)
 
     def _lost(self, sentence: str) -> RunError:
         committed = steps(self._folder.checkpoints)

@@ -165,7 +165,7 @@ def launch(assignment: Assignment, console: Console) -> None:
         except KeyboardInterrupt:
             console.note("stopped before the run had started")
             return
-        received.wait_for_the_step = True
+        received.listen(count=True)
         try:
             console.header(summary_of(assignment))
             following.controller.run.remote()

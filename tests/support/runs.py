@@ -132,13 +132,12 @@ class Dualray:
         os.killpg(self.pid, number)
 
     def end(self) -> Ended:
-        """Waits for the end, and for every process of its session to be gone."""
+        """Waits for the end; by then every process of its session must be gone."""
         try:
             code = self._process.wait(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"did not end within {LIMIT_S} s: {self}") from None
-        _, alive = psutil.wait_procs(self.session(), timeout=20)
-        left = [process.cmdline() for process in alive if self._owns(process)]
+        left = [process.name() for process in self.session()]
         assert not left, f"processes left behind: {left}"
         return self.ended(code)
 
@@ -157,7 +156,9 @@ class Dualray:
             reader.join()
 
     def __repr__(self) -> str:
-        return f"code {self._process.poll()}\n{''.join(self._out[-40:])}\n{''.join(self._err[-40:])}"
+        return (
+            f"code {self._process.poll()}\n{''.join(self._out[-40:])}\n{''.join(self._err[-40:])}"
+        )
 
 
 @contextmanager
