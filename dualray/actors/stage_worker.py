@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import psutil
 import ray
 import torch
 import xxhash
+from torch.distributed import TCPStore
 
 from dualray.checkpoint import trainer_state
 from dualray.checkpoint.attached_files import file_pieces
@@ -29,7 +29,7 @@ from dualray.inference.plan import Sampled, StepPlan
 from dualray.inference.runner import PipelineTransport, StageRunner, StepRunner
 from dualray.inference.scheduler import Limits
 from dualray.model.config import ModelConfig
-from dualray.parallel.groups import Rendezvous
+from dualray.parallel.groups import Rendezvous, host_rendezvous
 from dualray.parallel.layout import Layout
 from dualray.parallel.placement import ExpertPlacement
 from dualray.parallel.train_config import TrainConfig
@@ -49,6 +49,8 @@ class WorkerSpec:
     tokenizer_path: str
     """Folder of the tokenizer, which rank 0 puts into checkpoints."""
     seed: int
+    device: str
+    """`cuda` if each worker was given GPUs, else `cpu`, whatever the node has."""
     threads: int
     """Torch threads of the worker; one on small machines, since GEMM bits depend on it."""
 
@@ -72,16 +74,16 @@ class StageWorker:
         self._trainer: Trainer | None = None
         self._loader: Loader | None = None
         self._runner: StepRunner | None = None
+        self._store: TCPStore | None = None
         torch.set_num_threads(spec.threads)
 
     def info(self) -> WorkerInfo:
         return WorkerInfo(rank=self.rank, pid=os.getpid(), node=self.node)
 
-    def propose_port(self) -> int:
-        """A free port on this worker's node, for a rendezvous that rank 0 hosts."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return probe.getsockname()[1]
+    def host_rendezvous(self, host: str) -> Rendezvous:
+        """Open the meeting place of a new generation on this worker; rank 0 is asked."""
+        self._store, rendezvous = host_rendezvous(host)
+        return rendezvous
 
     def start(self, rendezvous: Rendezvous) -> None:
         """Build stages and join the other workers. A collective."""
@@ -104,6 +106,9 @@ class StageWorker:
             rank=self.rank,
             rendezvous=rendezvous,
             seed=spec.seed,
+            device=torch.device(spec.device),
+            hosted=self._store,
+            only_serves=spec.data_path is None,
         )
 
     @property
@@ -133,7 +138,8 @@ class StageWorker:
 
     def evaluate(self, num_batches: int | None) -> HeldOut:
         """Held-out loss over so many global batches, or all of them. A collective."""
-        available = self.loader.num_batches(self.trainer.slicer.global_sequences)
+        sequences = self.spec.train.global_sequences(self.spec.layout)
+        available = self.loader.num_batches(sequences)
         count = available if num_batches is None else min(num_batches, available)
         return self.trainer.evaluate(self.loader, count)
 

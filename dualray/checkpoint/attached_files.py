@@ -16,7 +16,8 @@ def file_pieces(folder: Path, prefix: str) -> Iterator[Piece]:
     """Every file directly in `folder` as a uint8 tensor named `PREFIX/FILE`."""
     for path in sorted(folder.iterdir()):
         if path.is_file():
-            content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            # A list, since torch refuses an empty buffer.
+            content = torch.tensor(list(path.read_bytes()), dtype=torch.uint8)
             yield Piece.whole(f"{prefix}/{path.name}", content)
 
 

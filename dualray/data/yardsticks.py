@@ -35,7 +35,7 @@ def yardsticks(dataset: TokenDataset) -> dict[str, float]:
     return {name: value / heldout.num_bytes for name, value in bits.items()}
 
 
-def bits_per_byte(loss_sum: float, num_bytes: int) -> float:
+def bits_per_byte(loss_sum: float, num_bytes: float) -> float:
     """From a sum of cross entropies in nats over a text to bits per byte of the text."""
     return loss_sum / math.log(2) / num_bytes
 

@@ -139,7 +139,7 @@ class PagedAttention:
         C = query.latent_TC.shape[1]
         up_HWC = query.kv_b.weight.view(H, -1, C)
         folded_THC = torch.einsum("thn,hnc->thc", query.q_nope_THN, up_HWC[:, :nope])
-        q_THL = torch.cat((folded_THC, query.q_rope_THR), dim=-1) * query.softmax_scale
+        q_THL = _precise(torch.cat((folded_THC, query.q_rope_THR), dim=-1)) * query.softmax_scale
 
         out_THC = folded_THC.new_empty(T, H, C)
         if batch.single_rows_n.numel():
@@ -159,9 +159,9 @@ def _attend_single(q_nHL: Tensor, blocks: Tensor, batch: PagedBatch, C: int) -> 
     outside_nS = torch.arange(S, device=q_nHL.device) >= batch.lengths_n[:, None]
     # A weight of zero does not silence a NaN that an earlier request left in a reused block.
     keys_nSL.masked_fill_(outside_nS[..., None], 0.0)
-    scores_nHS = torch.bmm(q_nHL, keys_nSL.transpose(1, 2))
+    scores_nHS = torch.bmm(_precise(q_nHL), _precise(keys_nSL).transpose(1, 2))
     scores_nHS.masked_fill_(outside_nS[:, None], float("-inf"))
-    return torch.bmm(_softmax(scores_nHS), keys_nSL[..., :C])
+    return torch.bmm(scores_nHS.softmax(-1).to(keys_nSL.dtype), keys_nSL[..., :C])
 
 
 def _attend_part(q_THL: Tensor, blocks: Tensor, part: PromptPart, C: int) -> Tensor:
@@ -169,14 +169,13 @@ def _attend_part(q_THL: Tensor, blocks: Tensor, part: PromptPart, C: int) -> Ten
     T = q_THL.shape[0]
     S = part.first_position + T
     keys_SL = blocks[part.blocks_B].flatten(0, 1)[:S]
-    scores_HTS = q_THL.transpose(0, 1) @ keys_SL.t()
+    scores_HTS = _precise(q_THL).transpose(0, 1) @ _precise(keys_SL).t()
     position_T = torch.arange(part.first_position, S, device=q_THL.device)
     later_TS = torch.arange(S, device=q_THL.device) > position_T[:, None]
     scores_HTS.masked_fill_(later_TS, float("-inf"))
-    return (_softmax(scores_HTS) @ keys_SL[:, :C]).transpose(0, 1)
+    return (scores_HTS.softmax(-1).to(keys_SL.dtype) @ keys_SL[:, :C]).transpose(0, 1)
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dim in fp32 at least."""
-    compute = torch.promote_types(scores.dtype, torch.float32)
-    return torch.softmax(scores, dim=-1, dtype=compute).to(scores.dtype)
+def _precise(x: Tensor) -> Tensor:
+    """fp32 at least: scores rounded to bf16 before the softmax drift from the training path."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

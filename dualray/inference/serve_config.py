@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dualray.errors import ConfigError
 from dualray.inference.block_pool import blocks_for
 from dualray.inference.scheduler import Limits
+
+DEFAULT_CONTEXT = 4096
+"""Tokens of context that nobody has to ask for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,8 @@ class ServeConfig:
     max_batch: int = 16
     """Sequences that one (replica, expert rank, direction) decodes together."""
     max_context: int | None = None
-    """Longest prompt plus completion in tokens; None takes model.max_position_embeddings."""
+    """Longest prompt plus completion in tokens; None takes model.max_position_embeddings, but
+    no more than 4096: the cache is taken in full when serving starts."""
     block_size: int = 16
     """Tokens per block of the latent cache."""
     max_step_tokens: int = 2048
@@ -56,7 +61,7 @@ class ServeConfig:
                 f"{self.max_batch}, and every decoding sequence needs a token of each step",
                 hint="raise max_step_tokens or lower max_batch",
             )
-        if self.max_request_s <= 0:
+        if not 0 < self.max_request_s < math.inf:
             raise ConfigError(
                 f"serve.max_request_s is {self.max_request_s} and must be above 0",
                 hint="set it to a number of seconds such as 600",
@@ -68,7 +73,7 @@ class ServeConfig:
         Raises:
             ConfigError: max_context is longer than the model allows.
         """
-        max_context = self.max_context or max_position_embeddings
+        max_context = self.max_context or min(max_position_embeddings, DEFAULT_CONTEXT)
         if max_context > max_position_embeddings:
             raise ConfigError(
                 f"serve.max_context {max_context} exceeds model.max_position_embeddings "

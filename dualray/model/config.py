@@ -175,6 +175,12 @@ class ModelConfig:
         """Whether the last stage needs the embedding: for MTP or as a tied head."""
         return self.tie_word_embeddings or self.num_nextn_predict_layers > 0
 
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers with routed experts, the MTP modules' included."""
+        layers = range(self.num_hidden_layers + self.num_nextn_predict_layers)
+        return tuple(layer for layer in layers if self.is_moe(layer))
+
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` has routed experts; MTP blocks (layer >= num_hidden_layers) do."""
         return layer >= self.first_k_dense_replace

@@ -34,7 +34,8 @@ class Losses:
 class Stage(nn.Module):
     """Layers `layers` of the model `config`.
 
-    `expert_ids(layer)` names the logical experts held in each slot; by default all.
+    `expert_ids(layer)` names the logical experts held in each slot of a MoE layer; by default
+    all are held.
     """
 
     def __init__(
@@ -46,7 +47,13 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         layers = range(config.num_hidden_layers) if layers is None else layers
-        held = expert_ids or (lambda layer: tuple(range(config.n_routed_experts)))
+        everything = tuple(range(config.n_routed_experts))
+
+        def held(layer: int) -> tuple[int, ...]:
+            if not config.is_moe(layer):
+                return ()
+            return everything if expert_ids is None else expert_ids(layer)
+
         self.config = config
         self.layer_range = layers
         self.is_first = layers.start == 0
@@ -102,8 +109,10 @@ class Stage(nn.Module):
         depths = range(first, first + self.config.num_nextn_predict_layers)
         return [self.layers[str(i)] for i in depths]  # pyrefly: ignore[bad-return]
 
-    def losses(self, hidden_TD: Tensor, labels_DT: Tensor, ctx: ForwardContext) -> Losses:
-        """Cross-entropy sums of the main model and every MTP depth.
+    def losses(
+        self, hidden_TD: Tensor, labels_DT: Tensor, ctx: ForwardContext, *, with_mtp: bool = True
+    ) -> Losses:
+        """Cross-entropy sums of the main model and, if asked for, every MTP depth.
 
         `labels_DT` (1 + depths, T) int64: row d holds each position's token d + 1 ahead,
         `IGNORED_LABEL` where there is none.
@@ -111,7 +120,7 @@ class Stage(nn.Module):
         hidden_TD = self.norm(hidden_TD)
         main = _cross_entropy_sum(self.head(hidden_TD, ctx), labels_DT[0])
         mtp = []
-        for depth, module in enumerate(self.mtp_modules(), start=1):
+        for depth, module in enumerate(self.mtp_modules() if with_mtp else [], start=1):
             # An ignored label has no embedding; any id does, since its targets are ignored too.
             ahead = self.embed(labels_DT[depth - 1].clamp(min=0), ctx)
             hidden_TD = module.predict(ahead, hidden_TD, ctx)

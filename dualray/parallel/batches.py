@@ -48,13 +48,6 @@ class Slicer:
     at: Coordinate
     device: torch.device
 
-    @property
-    def global_sequences(self) -> int:
-        """Sequences of one step over all workers."""
-        train = self.train
-        workers = self.layout.replicas * self.layout.experts
-        return workers * train.micro_batches * train.micro_batch_size
-
     def micro_batches(
         self, source: TokenSource, step: int, split: str = "train"
     ) -> dict[tuple[int, int], MicroBatch]:
@@ -64,6 +57,7 @@ class Slicer:
         the two reads neither.
         """
         size = self.train.micro_batch_size
+        total = self.train.global_sequences(self.layout)
         first = (self.at.replica * self.layout.experts + self.at.expert) * self.train.micro_batches
         positions = torch.arange(self.train.seq_len, device=self.device).repeat(size)
         batches = {}
@@ -74,9 +68,7 @@ class Slicer:
                 ids = labels = None
                 if enters or ends:
                     number = first + direction * self.schedule.micro_batches_of(0) + index
-                    tokens = source.sequences(
-                        step, number * size, size, self.global_sequences, split
-                    )
+                    tokens = source.sequences(step, number * size, size, total, split)
                     ids = torch.from_numpy(tokens.ids).flatten().to(self.device)
                     labels = torch.from_numpy(tokens.labels).flatten(1).to(self.device)
                 batches[direction, index] = MicroBatch(

@@ -57,15 +57,18 @@ class _WayBack:
 class AllToAllDispatch:
     """`ExpertDispatch` over a process group. Its twin is `LocalDispatch`."""
 
-    def __init__(self, placement: ExpertPlacement, group: Group) -> None:
+    def __init__(self, placement: ExpertPlacement, group: Group, device: torch.device) -> None:
         self._placement = placement
         self._group = group
-        self._physical_E = torch.tensor(placement.physical_slots())
+        self._num_ranks = group.size()
+        self._home_E = {
+            layer: torch.tensor(placement.home_slots(layer), device=device)
+            for layer in placement.held
+        }
 
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> Dispatched:
-        ranks, slots = self._placement.num_ranks, self._placement.slots_per_rank
-        physical_E = self._physical_E.to(x_TD.device)
-        key_N = physical_E[routing.experts_TK].flatten()
+        ranks, slots = self._num_ranks, self._placement.slots_per_rank(layer)
+        key_N = self._home_E[layer][routing.experts_TK].flatten()
         order_N, inverse_N, counts = sort_by_key(key_N, ranks * slots)
         received = torch.empty_like(counts)
         dist.all_to_all_single(received, counts, group=self._group)

@@ -203,7 +203,7 @@ class _Walk:
         sink = self.schedule.downstream(self.e._rank, action.direction)
         if sink is None:
             assert batch.labels_DT is not None
-            losses = stage.losses(y_TD, batch.labels_DT, ctx)
+            losses = stage.losses(y_TD, batch.labels_DT, ctx, with_mtp=self.trains)
             self._add(losses)
             outputs = [self.objective.of(losses)]
         else:

@@ -53,16 +53,43 @@ class Groups:
     embedding_ranks: tuple[int, ...]
 
 
-def join(layout: Layout, schedule: Schedule, rank: int, rendezvous: Rendezvous) -> Groups:
+def host_rendezvous(host: str) -> tuple[dist.TCPStore, Rendezvous]:
+    """Open a meeting place on a port that the system chooses, for rank 0 to announce.
+
+    Whoever hosts keeps the store; a port that is looked up first and bound later may be
+    taken in between.
+    """
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    return store, Rendezvous(host=host, port=store.port)
+
+
+def join(
+    layout: Layout,
+    schedule: Schedule,
+    rank: int,
+    rendezvous: Rendezvous,
+    *,
+    device: torch.device,
+    hosted: dist.TCPStore | None = None,
+) -> Groups:
     """Meet the other workers and form this worker's groups; leaves former ones first.
 
-    Every worker of the layout must call it with equal arguments except `rank`.
+    Every worker of the layout must call it with equal arguments except `rank` and `hosted`,
+    which is the store of the one that hosts the rendezvous; without it rank 0 opens the
+    port. Tensors are exchanged on `device`: NCCL between GPUs, gloo between CPUs.
     """
     leave()
     timeout = timedelta(seconds=rendezvous.timeout_s)
+    store = hosted or dist.TCPStore(
+        rendezvous.host,
+        rendezvous.port,
+        is_master=rank == 0,
+        wait_for_workers=False,
+        timeout=timeout,
+    )
     dist.init_process_group(
-        backend="nccl" if torch.cuda.is_available() else "gloo",
-        init_method=f"tcp://{rendezvous.host}:{rendezvous.port}",
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=store,
         rank=rank,
         world_size=layout.world_size,
         timeout=timeout,

@@ -66,7 +66,9 @@ class HeldStages:
         self.config = config
         self.stages: dict[int, Stage] = {}
         for index in sorted(set(schedule.stage_of[at.pipeline])):
-            stage = Stage(config, ranges[index], expert_ids=lambda _: placement.held[at.expert])
+            stage = Stage(
+                config, ranges[index], expert_ids=lambda layer: placement.held[layer][at.expert]
+            )
             initialise(stage, seed)
             self.stages[index] = stage.to(device=device, dtype=dtype)
             for router in _routers(stage):

@@ -23,10 +23,13 @@ class Layout:
     """Expert ranks; they are data-parallel to each other outside the routed experts."""
     replicas: int = 1
     """Copies of the whole pipeline x experts grid."""
-    schedule: str = "dualpipe"
-    """`dualpipe` or `1f1b`."""
+    schedule: str = ""
+    """`dualpipe` or `1f1b`; unset it is dualpipe for an even pipeline, else 1f1b."""
 
     def __post_init__(self) -> None:
+        if not self.schedule:
+            kind = "1f1b" if self.pipeline % 2 else "dualpipe"
+            object.__setattr__(self, "schedule", kind)
         for field in ("pipeline", "experts", "replicas"):
             if getattr(self, field) < 1:
                 raise ConfigError(

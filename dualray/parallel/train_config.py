@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dualray.errors import ConfigError
+from dualray.parallel.layout import Layout
 from dualray.parallel.lr import LrConfig
 from dualray.parallel.optimizer import OptimizerConfig
 
@@ -92,6 +93,11 @@ class TrainConfig:
                 f"train.{field} is {getattr(self, field)} and must be at least {bound}",
                 hint=f"set train.{field} to {bound} or more",
             )
+
+    def global_sequences(self, layout: Layout) -> int:
+        """Sequences of one optimizer step over all workers."""
+        workers = layout.replicas * layout.experts
+        return workers * self.micro_batches * self.micro_batch_size
 
     def learning_rate(self) -> LrConfig:
         return LrConfig(

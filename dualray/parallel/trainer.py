@@ -66,11 +66,6 @@ class HeldOut:
     targets: int
 
 
-def compute_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class Trainer:
     """Stages, groups and optimizer of the worker at world rank `rank`."""
 
@@ -84,11 +79,18 @@ class Trainer:
         rank: int,
         rendezvous: Rendezvous,
         seed: int,
+        device: torch.device,
+        hosted: dist.TCPStore | None = None,
+        only_serves: bool = False,
     ) -> None:
+        """Builds the stages and joins the others; `hosted` is rank 0's rendezvous store.
+
+        `only_serves` leaves gradients and optimizer state out.
+        """
         self.model, self.layout, self.train = model, layout, train
         self.placement, self.rank = placement, rank
         self.at = layout.coordinate(rank)
-        self.device = compute_device()
+        self.device = device
         self.schedule = make_schedule(layout.schedule, layout.pipeline, train.micro_batches)
         self.held = HeldStages(
             model,
@@ -99,9 +101,9 @@ class Trainer:
             dtype=getattr(torch, train.dtype),
             device=self.device,
         )
-        self.groups = join(layout, self.schedule, rank, rendezvous)
+        self.groups = join(layout, self.schedule, rank, rendezvous, device=device, hosted=hosted)
         self.weight_grads = WeightGrads()
-        param_groups = param_groups_of(self.held, self.groups)
+        param_groups = [] if only_serves else param_groups_of(self.held, self.groups)
         self.optimizer = make_optimizer(param_groups, train.optimizer_config())
         self.dispatches: list[ExpertDispatch] = [
             self._dispatch(group) for group in self.groups.dispatch
@@ -117,7 +119,7 @@ class Trainer:
     def _dispatch(self, group: Group) -> ExpertDispatch:
         if self.layout.experts == 1:
             return LocalDispatch(self.model.n_routed_experts)
-        return AllToAllDispatch(self.placement, group)
+        return AllToAllDispatch(self.placement, group, self.device)
 
     def step(self, step: int, source: TokenSource) -> StepResult:
         """Optimizer step number `step`, counted from 0. A collective over the world.
@@ -153,7 +155,7 @@ class Trainer:
         return Objective(
             main=1 / max(targets[0], 1),
             mtp=tuple(share / max(count, 1) for count in targets[1:]),
-            balance=self.train.alpha / self.slicer.global_sequences,
+            balance=self.train.alpha / self.train.global_sequences(self.layout),
         )
 
     def _clip(self, step: int) -> float:

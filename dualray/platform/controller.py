@@ -28,7 +28,7 @@ from dualray.data.dataset import TokenDataset
 from dualray.data.tokenizer import load_tokenizer
 from dualray.data.yardsticks import yardsticks
 from dualray.errors import DualrayError
-from dualray.inference.plan import Owner
+from dualray.inference.scheduler import owners
 from dualray.parallel.placement import contiguous_placement
 from dualray.platform.client import Client
 from dualray.platform.events import Event, EventLog, Note, StateChange
@@ -133,10 +133,11 @@ class Controller:
             model=run.model,
             layout=run.layout,
             train=run.train,
-            placement=contiguous_placement(run.model.n_routed_experts, run.layout.experts),
+            placement=contiguous_placement(run.model, run.layout.experts),
             data_path=str(Path(run.data.path).absolute()) if self._a.trains else None,
             tokenizer_path=str(self._a.folder.tokenizer),
             seed=run.seed,
+            device="cuda" if run.cluster.gpus_per_worker else "cpu",
             threads=max(1, int(run.cluster.cpus_per_worker)),
         )
 
@@ -156,12 +157,6 @@ class Controller:
         assert self._gang is not None
         run = self._a.run
         schedule = make_schedule(run.layout.schedule, run.layout.pipeline, run.train.micro_batches)
-        owners = [
-            Owner(replica=replica, expert=expert, direction=direction)
-            for replica in range(run.layout.replicas)
-            for expert in range(run.layout.experts)
-            for direction in range(schedule.num_directions)
-        ]
         actor: Any = ray.remote(EngineActor)
         self._engine = actor.options(
             name=f"{run.name}.engine",
@@ -172,7 +167,7 @@ class Controller:
         ).remote(
             model_name=run.name,
             tokenizer=load_tokenizer(tokenizer_folder),
-            owners=owners,
+            owners=owners(run.layout.replicas, run.layout.experts, schedule.num_directions),
             limits=run.serve.limits(run.model.max_position_embeddings),
             config=run.serve,
             workers=self._gang.workers,

@@ -44,6 +44,7 @@ def plan_training(run: RunFile, *, resume: bool, console: Console) -> Assignment
         _say(found.messages, console)
         reader = _matching(found.path, run, dataset)
         loader.require(reader.meta["loader"])
+        _refuse_other_steps(reader, run)
         return Assignment(
             run=run,
             folder=folder,
@@ -97,6 +98,24 @@ def _matching(
     return reader
 
 
+def _refuse_other_steps(reader: Reader, run: RunFile) -> None:
+    """A resumed run's steps must go on where the old ones ended, with the same arithmetic."""
+    steps, train = reader.meta["global_sequences"], run.train
+    if steps != train.global_sequences(run.layout):
+        raise ConfigError(
+            f"a step has {train.global_sequences(run.layout)} sequences (layout.replicas x "
+            f"layout.experts x train.micro_batches x train.micro_batch_size) and the checkpoint's "
+            f"steps have {steps}, so samples would be repeated or skipped",
+            hint="keep the product, or start a new run with train.init_from",
+        )
+    dtype = reader.meta["run"]["train"]["dtype"]
+    if dtype != train.dtype:
+        raise ConfigError(
+            f"train.dtype is {train.dtype} and the checkpoint was trained in {dtype}",
+            hint=f"set train.dtype to {dtype}, or start a new run with train.init_from",
+        )
+
+
 def _checked_loader(run: RunFile, dataset: TokenDataset) -> Loader:
     if dataset.vocab_size > run.model.vocab_size:
         raise ConfigError(
@@ -110,18 +129,8 @@ def _checked_loader(run: RunFile, dataset: TokenDataset) -> Loader:
         seq_len=run.train.seq_len,
         depths=run.model.num_nextn_predict_layers,
     )
-    loader.batch(0, global_sequences(run))
+    loader.batch(0, run.train.global_sequences(run.layout))
     return loader
-
-
-def global_sequences(run: RunFile) -> int:
-    """Sequences of one optimizer step over all workers."""
-    return (
-        run.layout.replicas
-        * run.layout.experts
-        * run.train.micro_batches
-        * run.train.micro_batch_size
-    )
 
 
 def summary_of(assignment: Assignment) -> RunSummary:

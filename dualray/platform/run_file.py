@@ -73,7 +73,7 @@ class RunFile:
             self.layout.schedule, self.layout.pipeline, self.train.micro_batches
         )
         split_layers(self.model.num_hidden_layers, schedule.num_stages)
-        contiguous_placement(self.model.n_routed_experts, self.layout.experts)
+        contiguous_placement(self.model, self.layout.experts)
         if self.train.dtype == "float64" and self.train.optimizer == "zero1":
             raise ConfigError(
                 "train.optimizer is zero1 and train.dtype is float64, but zero1 keeps fp32 masters",

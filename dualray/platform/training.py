@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from dualray.checkpoint.store import prune
 from dualray.checkpoint.writer import begin, commit, step_dir
 from dualray.data.dataset import TokenDataset
 from dualray.data.loader import Loader
+from dualray.data.yardsticks import bits_per_byte
 from dualray.parallel.trainer import HeldOut, StepResult
 from dualray.platform.events import EventLog, Note
 from dualray.platform.folder import RunFolder
@@ -106,6 +106,7 @@ class Training:
             "tokenizer_sha256": self._dataset.tokenizer_sha256,
             "data_sha256": self._dataset.data_sha256,
             "loader": loader.fingerprint(),
+            "global_sequences": self._run.train.global_sequences(self._run.layout),
             "versions": {"dualray": dualray.__version__},
         }
 
@@ -118,14 +119,11 @@ class Training:
         for result in results:
             loads |= result.loads
             max_vio |= result.max_vio
-        tokens = (
-            run.layout.replicas
-            * run.layout.experts
-            * run.train.micro_batches
-            * run.train.micro_batch_size
-            * run.train.seq_len
-        )
+        tokens = run.train.global_sequences(run.layout) * run.train.seq_len
         nats = None if heldout is None else heldout.loss_sum / max(heldout.targets, 1)
+        bits = None
+        if heldout is not None:
+            bits = bits_per_byte(heldout.loss_sum, heldout.targets * self._bytes_per_target)
         return StepMetrics(
             step=step,
             tokens=step * tokens,
@@ -141,12 +139,14 @@ class Training:
             max_vio_per_layer=dict(sorted(max_vio.items())),
             loads=dict(sorted(loads.items())),
             heldout_loss=nats,
-            heldout_bits_per_byte=None if nats is None else self._bits_per_byte(nats),
+            heldout_bits_per_byte=bits,
         )
 
-    def _bits_per_byte(self, nats_per_token: float) -> float:
+    @property
+    def _bytes_per_target(self) -> float:
+        """Bytes of held-out text per token that is predicted, which is all but the first."""
         split = self._dataset.split("heldout")
-        return nats_per_token / math.log(2) * split.num_tokens / split.num_bytes
+        return split.num_bytes / (split.num_tokens - 1)
 
     def _write_trace(self, results: list[StepResult], step: int) -> None:
         spans = [Span(rank, *span) for rank, result in enumerate(results) for span in result.spans]

@@ -11,7 +11,7 @@ from dualray.model.router import Router, choose_experts
 from dualray.parallel.balance import max_violation, update_biases
 from dualray.parallel.held import split_layers
 from dualray.parallel.layout import Coordinate, Layout, dense_ranks, expert_ranks
-from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.placement import ExpertPlacement, contiguous_placement
 from dualray.schedule.actions import Kind, flatten
 from dualray.schedule.forward_only import forward_only
 from dualray.schedule.make import make_schedule
@@ -64,15 +64,29 @@ def test_more_stages_than_layers_is_one_sentence() -> None:
 
 
 def test_placement_gives_every_expert_one_slot() -> None:
-    placement = contiguous_placement(12, 3)
-    assert sorted(e for held in placement.held for e in held) == list(range(12))
-    slots = placement.physical_slots()
-    assert sorted(slots) == list(range(12))
-    for expert, slot in enumerate(slots):
-        rank, position = divmod(slot, placement.slots_per_rank)
-        assert placement.held[rank][position] == expert
+    config = tiny_config(n_routed_experts=12)
+    placement = contiguous_placement(config, 3)
+    assert tuple(placement.held) == (1, 2, 3, 4, 5)  # layer 0 is dense, 4 and 5 are MTP's
+    for layer, held in placement.held.items():
+        assert sorted(e for experts in held for e in experts) == list(range(12))
+        slots = placement.home_slots(layer)
+        assert sorted(slots) == list(range(12))
+        for expert, slot in enumerate(slots):
+            rank, position = divmod(slot, placement.slots_per_rank(layer))
+            assert held[rank][position] == expert
     with pytest.raises(ConfigError, match=r"12 is not divisible by layout\.experts 5"):
-        contiguous_placement(12, 5)
+        contiguous_placement(config, 5)
+
+
+def test_the_first_copy_of_an_expert_is_its_home() -> None:
+    placement = ExpertPlacement(held={0: ((1, 0), (0, 2))})
+    assert placement.home_slots(0) == [1, 0, 3]
+
+
+def test_the_schedule_follows_the_pipeline_unless_it_is_named() -> None:
+    assert Layout().schedule == "1f1b"
+    assert Layout(pipeline=4).schedule == "dualpipe"
+    assert Layout(pipeline=4, schedule="1f1b").schedule == "1f1b"
 
 
 def test_mirrors_share_parameters() -> None:

@@ -89,9 +89,15 @@ def run_layouts(rank: int, config: ModelConfig, ports: list[int]):
 def run_layout(rank: int, config: ModelConfig, layout: Layout, port: int):
     per_worker = GLOBAL_MICRO_BATCHES // (layout.replicas * layout.experts)
     schedule = make_schedule(layout.schedule, layout.pipeline, per_worker)
-    groups = join(layout, schedule, rank, Rendezvous(host="127.0.0.1", port=port, timeout_s=60))
+    groups = join(
+        layout,
+        schedule,
+        rank,
+        Rendezvous(host="127.0.0.1", port=port, timeout_s=60),
+        device=torch.device("cpu"),
+    )
     at = layout.coordinate(rank)
-    placement = contiguous_placement(config.n_routed_experts, layout.experts)
+    placement = contiguous_placement(config, layout.experts)
     held = HeldStages(
         config, schedule, at, placement, seed=0, dtype=torch.float64, device=torch.device("cpu")
     )
@@ -105,7 +111,7 @@ def run_layout(rank: int, config: ModelConfig, layout: Layout, port: int):
     if held.embedding_copy is not None:
         attach_main_grads([held.embedding_copy.weight])
     dispatches = [
-        AllToAllDispatch(placement, group)
+        AllToAllDispatch(placement, group, torch.device("cpu"))
         if layout.experts > 1
         else LocalDispatch(config.n_routed_experts)
         for group in groups.dispatch

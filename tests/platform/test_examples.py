@@ -48,7 +48,7 @@ def test_every_workers_stages_can_be_built(name: str) -> None:
     model = run.model
     schedule = make_schedule(run.layout.schedule, run.layout.pipeline, run.train.micro_batches)
     ranges = split_layers(model.num_hidden_layers, schedule.num_stages)
-    held = contiguous_placement(model.n_routed_experts, run.layout.experts).held[0]
+    held = contiguous_placement(model, run.layout.experts).held[model.moe_layers[0]][0]
     with torch.device("meta"):
         shares = [Stage(model, layers, expert_ids=lambda _: held) for layers in ranges]
         whole = Stage(model, range(model.num_hidden_layers))

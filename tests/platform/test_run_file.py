@@ -262,7 +262,7 @@ def test_the_name_becomes_a_folder() -> None:
             "model.num_hidden_layers 4 is fewer than the 6 stages of layout.pipeline 6, and every "
             "stage needs a layer; set layout.pipeline to 4 or less.",
         ),
-        (["layout.pipeline=3"], "layout.pipeline is 3 and "),
+        (["layout.pipeline=3", "layout.schedule=dualpipe"], "layout.pipeline is 3 and "),
         (["train.micro_batches=5"], "train.micro_batches is 5 and "),
         (["train.micro_batches=2"], "train.micro_batches is 2 and "),
         (["layout.schedule=dualpip"], "layout.schedule is "),
@@ -288,10 +288,10 @@ def test_rules(overrides: list[str], sentence: str) -> None:
 def test_a_file_and_overrides(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("name: t\nmodel: tiny\ndata: {path: d}\ntrain: {steps: 3, seq_len: 16}\n")
-    assert refusal_of(path) == refusal(mapping(layout={}))  # one worker cannot run dualpipe
-    run = load_run_file(path, ["layout.schedule=1f1b"])
+    run = load_run_file(path)
     assert isinstance(run, RunFile)
-    assert run.layout.world_size == 1
+    assert (run.layout.world_size, run.layout.schedule) == (1, "1f1b")
+    assert load_run_file(path, ["layout.pipeline=2"]).layout.schedule == "dualpipe"
 
 
 def refusal_of(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from dualray.data.loader import IGNORED
 from dualray.model.config import ModelConfig
@@ -59,8 +60,9 @@ def make_trainer(
         model=model,
         layout=layout,
         train=train,
-        placement=contiguous_placement(model.n_routed_experts, layout.experts),
+        placement=contiguous_placement(model, layout.experts),
         rank=rank,
         rendezvous=Rendezvous(host="127.0.0.1", port=port, timeout_s=60),
         seed=5,
+        device=torch.device("cpu"),
     )

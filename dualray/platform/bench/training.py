@@ -136,7 +136,7 @@ class DualrayTrainer:
             config,
             self._schedule,
             Coordinate(replica=0, pipeline=0, expert=0),
-            contiguous_placement(config.n_routed_experts, 1),
+            contiguous_placement(config, 1),
             seed=seed,
             dtype=dtype,
             device=torch.device("cpu"),
