@@ -261,8 +261,9 @@ def test_runs_on_a_cluster(tmp_path: Path) -> None:
             # The engine listens from the start, so another run hears of a taken port at once.
             same_port = dualray("train", "tiny.yaml", *at, "--set", "name=other", cwd=elsewhere)
             assert same_port.err == (
-                f"error: serve.port is {port} and another process listens there; choose a free "
-                "port, or 0 to take one.\n"
+                f"error: serve.port is {port} and 127.0.0.1:{port} cannot be listened on, it is "
+                "taken by another process or not this machine's; choose another serve.port, or 0 "
+                "for a free one.\n"
             )
             assert same_port.code == 2
             other = elsewhere / "runs" / "other"
