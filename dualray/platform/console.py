@@ -117,7 +117,9 @@ class Console:
         """Say what is about to run; call it before the first step."""
         self._num_steps = summary.num_steps
         steps = f"{summary.num_steps} steps"
-        if summary.first_step > 1:
+        if summary.first_step > summary.num_steps:
+            steps = f"none, the weights have {summary.first_step - 1}"
+        elif summary.first_step > 1:
             steps += f", continuing at step {summary.first_step}"
         facts = (
             ("run", summary.name + (f" in {summary.folder}" if summary.folder else "")),

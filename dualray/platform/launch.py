@@ -149,7 +149,7 @@ def summary_of(assignment: Assignment) -> RunSummary:
         layout=f"{layout.replicas} x {layout.pipeline} pipeline x {layout.experts} expert ranks, "
         f"{layout.schedule}",
         corpus=corpus,
-        num_steps=run.train.steps,
+        num_steps=run.train.steps if assignment.trains else 0,
         first_step=assignment.first_step + 1,
         folder=str(assignment.folder.path),
     )

@@ -109,7 +109,10 @@ def test_eta_follows_the_pace_since_the_first_step():
 
 
 def test_a_resumed_run_says_where_it_continues():
+    done = RunSummary(name="a", model="", layout="", corpus="", num_steps=40, first_step=41)
     stream = io.StringIO()
+    Console(stream=stream, live=False).header(done)
+    assert "steps   none, the weights have 40" in stream.getvalue()
     summary = RunSummary(name="a", model="", layout="", corpus="", num_steps=40, first_step=21)
     Console(stream=stream).header(summary)
     assert "steps   40 steps, continuing at step 21\n" in stream.getvalue()

@@ -96,8 +96,8 @@ def _learning(metrics: RunMetrics) -> str:
     caption = "Cross-entropy per token; pale lines are single steps, strong ones running means."
     if any(step.mtp_loss for step in steps):
         caption += (
-            " Multi-token prediction guesses one token further ahead at each depth, which is"
-            " harder, so its loss lies above."
+            " Each multi-token-prediction depth guesses one token further ahead, from one token"
+            " more and through one layer more, so its loss may lie on either side."
         )
     body = _figure(curves.loss_figure(steps), caption)
     if curves.heldout_points(steps):
