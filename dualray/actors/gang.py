@@ -69,7 +69,8 @@ class Gang:
         try:
             return ray.get(refs)
         except (RayActorError, RayTaskError):
-            raise self._reason(method, refs) from None
+            reason = self._reason(method, refs)
+            raise reason from reason.__cause__
 
     def _reason(self, method: str, refs: Sequence[Any]) -> Exception:
         """Of all the workers' errors the one that explains the others.
@@ -97,10 +98,12 @@ class Gang:
             if isinstance(cause, DualrayError):
                 return cause
         rank, cause = causes[0]
-        return RunError(
+        reason = RunError(
             f"worker {rank} failed in {method} with {type(cause).__name__}: {_first_line(cause)}",
-            hint="this is a bug in dualray or a broken node; the worker's log has the traceback",
+            hint="this is a bug in dualray or a broken node",
         )
+        reason.__cause__ = errors[rank]
+        return reason
 
     def pids(self) -> list[int]:
         """Process ids by rank, asked anew from the living processes."""

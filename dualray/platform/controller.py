@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,8 +217,8 @@ class Controller:
         self._events.append(
             Note(f"serving at {self._target} from worker processes {', '.join(map(str, after))}")
         )
-        if self._training is None:
-            return
+        if self._training is None or step == self._a.first_step:
+            return  # no optimizer step preceded the switch, so there is nothing to time
         total, switch = first_token - training_ended, first_token - started
         self._events.append(
             Note(
@@ -245,12 +246,15 @@ class Controller:
         ray.util.remove_placement_group(self._group)
 
     def _explain(self, error: Exception) -> str:
-        if isinstance(error, RayTaskError):
+        if isinstance(error, RayTaskError) and isinstance(error.cause, DualrayError):
             error = error.cause  # the engine's own; str(RayTaskError) is a traceback
         if not isinstance(error, DualrayError):
-            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            first_line = str(error).strip().partition("\n")[0]
+            return f"{type(error).__name__}: {first_line}; {self._keep_traceback(error)}."
         if not isinstance(error, WorkerLostError):
-            return str(error)
+            if not isinstance(error.__cause__, RayTaskError):
+                return str(error)
+            return f"{error.sentence}; {error.hint}, and {self._keep_traceback(error)}."
         last = self._a.restore_from if self._a.resumes or not self._a.trains else None
         if self._training is not None:
             last = self._training.last_checkpoint or last
@@ -262,6 +266,12 @@ class Controller:
             f"{error.sentence}; the last committed checkpoint is {last}, continue from it with "
             "--resume."
         )
+
+    def _keep_traceback(self, error: BaseException) -> str:
+        path = self._a.folder.path / "error.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        return f"{path} has the traceback"
 
     def _enter(self, state: RunState, reason: str = "") -> None:
         check_transition(self._state, state)
