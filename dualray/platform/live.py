@@ -57,7 +57,13 @@ def end(folder: RunFolder, timeout_s: float) -> str:
 @contextmanager
 def _controller(folder: RunFolder) -> Iterator[Any]:
     state = folder.read_state()
-    connection = attach(state["address"], state.get("auth_token"))
+    try:
+        connection = attach(state["address"], state.get("auth_token"))
+    except RunError as error:
+        raise RunError(
+            f"run {state['name']} is lost ({error.sentence})",
+            hint="continue it with dualray train --resume",
+        ) from None
     try:
         yield ray.get_actor(f"{state['name']}.controller", namespace=NAMESPACE)
     except (ValueError, RayActorError):
