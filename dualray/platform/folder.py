@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from dualray.checkpoint.store import steps
 from dualray.errors import RunError
 
 RUNS = Path("runs")
@@ -65,6 +64,8 @@ class RunFolder:
 
     def refuse_if_used(self) -> None:
         """Raises RunError if an earlier run left metrics or checkpoints here."""
+        from dualray.checkpoint.store import steps  # loads torch, which `status` has no use for
+
         can_resume = bool(steps(self.checkpoints))
         for left in (self.metrics, self.checkpoints):
             if left.exists():

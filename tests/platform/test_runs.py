@@ -32,17 +32,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 PROMPT = "the cat sat "
 SERVING = r"serving at (\S+:\d+) from worker processes ([\d, ]+)$"
 TWO_WORKERS = {"pipeline": 2, "experts": 1, "schedule": "1f1b"}
+GREEDY = ("--temperature", "0", "--max-tokens", "12", "--ignore-eos")
 ONE_WORKER = {"pipeline": 1, "experts": 1, "schedule": "1f1b"}
 FOREVER = {"steps": 100_000, "lr": 1e-4}
-
-
-def greedy(target: str, cwd: Path) -> dict:
-    ended = dualray(
-        "generate", PROMPT, "--target", target, "--temperature", "0", "--max-tokens", "12",
-        "--ignore-eos", "--json", cwd=cwd,
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
-    return json.loads(ended.out)
 
 
 def named(processes: Callable[[], list[psutil.Process]], name: str) -> psutil.Process:
@@ -77,14 +69,10 @@ def test_train_serve_and_serve_again(tmp_path: Path) -> None:
         assert set(pids) <= {process.pid for process in train.session()}
         train.line("^first token")
 
-        answer = greedy(target, tmp_path)
-        assert len(answer["text"]) > 0
-        assert (answer["num_output_tokens"], answer["training_step"]) == (12, 4)
-        streamed = dualray(
-            "generate", PROMPT, "--target", target, "--temperature", "0", "--max-tokens", "12",
-            "--ignore-eos", cwd=tmp_path,
-        )  # fmt: skip
-        assert streamed.out == f"{PROMPT}{answer['text']}\n"
+        streamed = dualray("generate", PROMPT, "--target", target, *GREEDY, cwd=tmp_path)
+        assert streamed.out.startswith(PROMPT)
+        assert "12 tokens (length)" in streamed.err
+        assert "tiny after step 4" in streamed.err
 
         status = dualray("status", "--json", cwd=tmp_path)
         [row] = json.loads(status.out)
@@ -125,10 +113,11 @@ def test_train_serve_and_serve_again(tmp_path: Path) -> None:
     assert "http-equiv" not in page.lower()
 
     with started("serve", "runs/tiny", cwd=tmp_path) as serve:
-        again = greedy(serve.line(SERVING)[1], tmp_path)
-        assert again["text"] == answer["text"]
-        assert again["weight_digest"] == answer["weight_digest"]
-        assert again["training_step"] == 4
+        target = serve.line(SERVING)[1]
+        again = dualray("generate", PROMPT, "--target", target, *GREEDY, "--json", cwd=tmp_path)
+        answer = json.loads(again.out)
+        assert f"{PROMPT}{answer['text']}\n" == streamed.out
+        assert answer["training_step"] == 4
         serve.signal_group(signal.SIGINT)
         assert (serve.end().code, state_of(tmp_path / "runs" / "tiny-serve")["state"]) == (
             0, "stopped",
