@@ -25,7 +25,7 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import get_ray_address_from_environment
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from dualray.actors.ray_processes import apart_from_signals, await_end, family
+from dualray.actors.ray_processes import apart_from_signals, await_end, family, keep_sigterm
 from dualray.errors import ConfigError, ResourceError, RunError
 
 NAMESPACE = "dualray"
@@ -114,7 +114,7 @@ def connect(cluster: ClusterConfig, num_workers: int) -> Connection:
     num_cpus = math.ceil(num_workers * cluster.cpus_per_worker) + 2
     pids: list[int] = []
     try:
-        with apart_from_signals() as pids:
+        with apart_from_signals() as pids, keep_sigterm():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -169,9 +169,13 @@ def _join(address: str, auth_token: str | None) -> Connection:
         _probe(_head_of(address))
         # The probe answered, so this no longer hangs: alone it would retry for minutes and then
         # end the whole process.
-        ray.init(
-            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
-        )
+        with keep_sigterm():
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except RunError:
         if auth_token is not None:
             _set_auth(mode=None, token=None)

@@ -1,14 +1,16 @@
-"""The processes of an embedded Ray: apart from the terminal's signals, and gone at the end."""
+"""Ray and signals, and its processes: apart from the terminal's, and gone at the end."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import psutil
-from ray._private import services
+from ray._private import services, utils
 
 _END_LIMIT_S = 5.0
 
@@ -35,6 +37,20 @@ def apart_from_signals() -> Iterator[list[int]]:
         yield pids
     finally:
         services.ConsolePopen = real
+
+
+@contextlib.contextmanager
+def keep_sigterm() -> Iterator[None]:
+    """This process's handler of SIGTERM stays: `ray.init` inside takes it, in Python and in C++."""
+    handler = signal.getsignal(signal.SIGTERM)
+    real = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda sigterm_handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = real
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def family(pids: Iterable[int]) -> list[psutil.Process]:

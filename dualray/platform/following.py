@@ -33,9 +33,10 @@ exception."""
 
 
 class Interrupts:
-    """How many SIGINT and SIGTERM have come since there was a run to stop.
+    """How many SIGINT and SIGTERM have come.
 
-    Before that a signal interrupts whatever is going on. Only the main thread hears signals.
+    Before there is a run to stop, a signal interrupts whatever is going on. Only the main thread
+    hears signals.
     """
 
     def __init__(self) -> None:
@@ -43,16 +44,16 @@ class Interrupts:
         self._counts = False
 
     def listen(self, *, count: bool) -> None:
-        """Takes the signals, again after Ray has started: it puts its own handler for SIGTERM."""
+        """Takes the signals; `count` from when on there is a run to stop."""
         self._counts = count
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, self._take)
 
     def _take(self, signum: int, frame: Any) -> None:
+        self.count += 1  # also where an interrupt might get lost in foreign code
         if not self._counts:
             raise KeyboardInterrupt
-        self.count += 1
 
 
 @contextmanager
