@@ -5,6 +5,9 @@ A backward splits into I (gradient of the input, which the previous stage waits 
 `WeightGradSink` these functions compute I in autograd's backward and hand W over as a
 closure that accumulates into `weight.main_grad`; autograd itself never sees a weight
 gradient. Without a sink they are plain torch operations: the slow twin.
+
+In bfloat16 the product of one micro-batch is rounded to bfloat16 (relative error 1.7e-3)
+before it is added to the fp32 main gradient; the sum over micro-batches is not rounded.
 """
 
 from __future__ import annotations
