@@ -118,7 +118,8 @@ def test_train_serve_and_serve_again(tmp_path: Path) -> None:
         answer = json.loads(again.out)
         assert f"{PROMPT}{answer['text']}\n" == streamed.out
         assert answer["training_step"] == 4
-        serve.signal_group(signal.SIGINT)
+        # `timeout`, for one, sends SIGTERM to the group; the embedded Ray must outlive it.
+        serve.signal_group(signal.SIGTERM)
         assert (serve.end().code, state_of(tmp_path / "runs" / "tiny-serve")["state"]) == (
             0, "stopped",
         )  # fmt: skip
@@ -180,7 +181,7 @@ def test_a_lost_worker_then_resume_then_ctrl_c(tmp_path: Path) -> None:
     )
 
 
-def test_signals_to_the_group_and_a_lost_head(tmp_path: Path) -> None:
+def test_ctrl_c_while_starting_and_a_lost_head(tmp_path: Path) -> None:
     data = make_corpus(tmp_path / "corpus")
     write_run_file(
         tmp_path / "tiny.yaml",
@@ -198,16 +199,9 @@ def test_signals_to_the_group_and_a_lost_head(tmp_path: Path) -> None:
     assert (ended.code, ended.out, ended.err) == (0, "stopped before the run had started\n", "")
     assert not run.exists()
 
-    # `timeout`, for one, sends SIGTERM to the group; the embedded Ray must outlive it.
+    # Its actors still answer, and Ray would end the command after a minute without a word.
     with started("train", "tiny.yaml", cwd=tmp_path) as train:
-        train.line("^step +1/")
-        train.signal_group(signal.SIGTERM)
-        ended = train.end()
-    assert (ended.code, ended.err) == (0, "")
-    assert find(run).path == run / "checkpoints" / f"step-{max(losses_of(run))}"
-
-    with started("train", "tiny.yaml", "--resume", cwd=tmp_path) as train:
-        train.line("^step ")
+        train.line("^checkpoint step-2 committed")
         head = named(train.session, "gcs_server")
         head.kill()
         ended = train.end()

@@ -75,7 +75,7 @@ class Dualray:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "dualray.platform.cli", *map(str, args)],
             cwd=cwd,
-            env=environment | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            env=environment | {"OMP_NUM_THREADS": "1", "COLUMNS": "500"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
