@@ -22,7 +22,8 @@ from dualray.platform.folder import RunFolder
 from dualray.platform.metrics import StepMetrics
 from dualray.platform.states import RunState
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A closed terminal (SIGHUP) is no reason to lose the steps since the last checkpoint.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S = 0.5
 _ANSWER_WITHIN_S = 2.0
 _LOOK_EVERY_S = 5.0
@@ -33,7 +34,7 @@ exception."""
 
 
 class Interrupts:
-    """How many SIGINT and SIGTERM have come.
+    """How many of `_SIGNALS` have come.
 
     Before there is a run to stop, a signal interrupts whatever is going on. Only the main thread
     hears signals.
@@ -58,7 +59,7 @@ class Interrupts:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """SIGINT and SIGTERM do not end this process inside."""
+    """No signal of `_SIGNALS` ends this process inside."""
     old = {number: signal.getsignal(number) for number in _SIGNALS}
     received = Interrupts()
     received.listen(count=False)

@@ -49,6 +49,9 @@ def verify_command(
 
 def _checkpoints(name: str) -> list[Path]:
     """All checkpoints of the run that is meant, or else the folder itself."""
+    # Reading checkpoints imports torch, 1.6 s that no other command should pay.
+    from dualray.checkpoint.store import checkpoints_of, steps
+
     path = Path(name)
     if not path.exists() and (Path("runs") / name).is_dir():
         path = Path("runs") / name
@@ -69,6 +72,8 @@ def _checkpoints(name: str) -> list[Path]:
 
 def _examine(folder: Path, *, hashes: bool) -> dict[str, Any]:
     """One row: sound or the sentence why not."""
+    from dualray.checkpoint.store import verify
+
     try:
         manifest = verify(folder, hashes=hashes)
     except CheckpointError as error:
