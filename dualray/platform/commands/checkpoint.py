@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualray.checkpoint.store import checkpoints_of, steps, verify
 from dualray.errors import CheckpointError
 
 app = typer.Typer(help="List and verify checkpoints.", no_args_is_help=True)
