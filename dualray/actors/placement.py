@@ -18,20 +18,8 @@ from ray.util.placement_group import (
 )
 
 from dualray.actors import autoscaler
-from dualray.actors.cluster import NAMESPACE, ClusterConfig, Connection, attach, connect
+from dualray.actors.cluster import ClusterConfig
 from dualray.errors import ResourceError
-
-__all__ = [
-    "NAMESPACE",
-    "ClusterConfig",
-    "Connection",
-    "Room",
-    "attach",
-    "connect",
-    "count_room",
-    "fitting_layout",
-    "reserve",
-]
 
 _POLL_S = 0.2
 # A run that has just ended still holds its resources for a moment, and a head that has just

@@ -92,6 +92,13 @@ def seed_for(seed: int, name: str) -> int:
 
 
 @torch.no_grad()
+def draw(weight: Tensor, name: str, std: float, seed: int) -> None:
+    """Fill `weight` with the values that logical tensor `name` has in every layout."""
+    generator = torch.Generator().manual_seed(seed_for(seed, name))
+    weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+
+
+@torch.no_grad()
 def initialise(stage: Stage, seed: int) -> None:
     """Normal weights of std `initializer_range`, norms at one, biases at zero.
 
@@ -104,8 +111,4 @@ def initialise(stage: Stage, seed: int) -> None:
         elif name.endswith("bias"):
             view.zero_()
         else:
-            generator = torch.Generator().manual_seed(seed_for(seed, name))
-            values = torch.empty(view.shape).normal_(
-                0.0, stage.config.initializer_range, generator=generator
-            )
-            view.copy_(values)
+            draw(view, name, stage.config.initializer_range, seed)

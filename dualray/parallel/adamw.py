@@ -38,7 +38,7 @@ class AdamW:
                 # Same storage when no rounding lies between the two.
                 master = param.detach() if _own_master(param) else param.detach().float()
                 self._masters[name] = master
-                by_decay.setdefault(decay_of(group, param, config), []).append(master)
+                by_decay.setdefault(decay_of(param, config), []).append(master)
         self._adamw = new_adamw(by_decay, config)
         for master in self._masters.values():
             init_state(self._adamw, master)

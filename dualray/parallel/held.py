@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dualray.errors import ConfigError
 from dualray.model.config import ModelConfig
-from dualray.model.init import LogicalSlice, initialise, logical_slices, seed_for, stage_tensors
+from dualray.model.init import LogicalSlice, draw, initialise, logical_slices, stage_tensors
 from dualray.model.linear import Embedding
 from dualray.model.moe import Experts
 from dualray.model.router import Router
@@ -86,9 +86,7 @@ class HeldStages:
         if 0 in self.stages:
             return self.stages[0].embed_tokens
         copy = Embedding(self.config.vocab_size, self.config.hidden_size)
-        generator = torch.Generator().manual_seed(seed_for(seed, f"model.{EMBEDDING}"))
-        with torch.no_grad():
-            copy.weight.normal_(0.0, self.config.initializer_range, generator=generator)
+        draw(copy.weight, f"model.{EMBEDDING}", self.config.initializer_range, seed)
         self.embedding_copy = copy.to(device=device, dtype=dtype)
         return self.embedding_copy
 

@@ -82,10 +82,6 @@ class ParamGroup:
     """Over `group_ranks`; None if this rank is the only holder."""
     group_ranks: tuple[int, ...]
     """World ranks of the holders, ascending."""
-    kind: str = "dense"
-    """`dense` or `expert`, for reports."""
-    weight_decay: float | None = None
-    """Overrides the configured decay; None keeps it."""
     count: bool = True
     """False if another group owns these logical parameters: not counted in the norm, not saved.
     All ranks of the group agree on it."""
@@ -171,11 +167,9 @@ def make_optimizer(groups: Sequence[ParamGroup], config: OptimizerConfig) -> Opt
     return Zero1(groups, config)
 
 
-def decay_of(group: ParamGroup, param: Parameter, config: OptimizerConfig) -> float:
+def decay_of(param: Parameter, config: OptimizerConfig) -> float:
     """Weight decay of one parameter: none for norms and biases, which are 1-D."""
-    if param.dim() < 2:
-        return 0.0
-    return config.weight_decay if group.weight_decay is None else group.weight_decay
+    return config.weight_decay if param.dim() >= 2 else 0.0
 
 
 def main_grad(param: Parameter) -> Tensor:

@@ -236,10 +236,10 @@ def param_groups_of(held: HeldStages, groups: Groups) -> list[ParamGroup]:
     elif EMBEDDING in dense and held.embedding_is_copied:
         embedding[EMBEDDING] = dense.pop(EMBEDDING)
     result = []
-    for params, group, ranks, kind in (
-        (dense, groups.dense, groups.dense_ranks, "dense"),
-        (expert, groups.expert, groups.expert_ranks, "expert"),
-        (embedding, groups.embedding, groups.embedding_ranks, "dense"),
+    for params, group, ranks in (
+        (dense, groups.dense, groups.dense_ranks),
+        (expert, groups.expert, groups.expert_ranks),
+        (embedding, groups.embedding, groups.embedding_ranks),
     ):
         if params:
             attach_main_grads(params.values())
@@ -248,7 +248,6 @@ def param_groups_of(held: HeldStages, groups: Groups) -> list[ParamGroup]:
                     params=list(params.items()),
                     process_group=group if len(ranks) > 1 else None,
                     group_ranks=ranks,
-                    kind=kind,
                 )
             )
     return result

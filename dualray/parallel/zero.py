@@ -105,7 +105,7 @@ class _Sharded:
         self._names = {param: name for name, param in named}
         by_decay: dict[float, list[Parameter]] = {}
         for _, param in named:
-            by_decay.setdefault(decay_of(group, param, config), []).append(param)
+            by_decay.setdefault(decay_of(param, config), []).append(param)
         self._adamw = new_adamw(by_decay, config)
         numels = [param.numel() for _, param in named]
         self._zero: Any = DeepSpeedZeroOptimizer(

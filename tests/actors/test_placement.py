@@ -12,19 +12,13 @@ from ray.util.placement_group import placement_group_table
 from support.fake_cluster import FakeNodes, free_port, ray_head
 
 from dualray.actors.autoscaler import Outlook, parse_v1, parse_v2
-from dualray.actors.placement import (
-    ClusterConfig,
-    attach,
-    connect,
-    count_room,
-    fitting_layout,
-    reserve,
-)
+from dualray.actors.cluster import ClusterConfig, attach, connect
+from dualray.actors.placement import count_room, fitting_layout, reserve
 from dualray.errors import ConfigError, ResourceError, RunError
 
 JOIN = """
 import os, sys
-from dualray.actors.placement import attach
+from dualray.actors.cluster import attach
 from dualray.errors import RunError
 try:
     connection = attach(sys.argv[1], sys.argv[2] or None)

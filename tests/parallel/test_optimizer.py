@@ -72,24 +72,6 @@ def test_follows_the_formula_and_spares_one_dimensional_parameters_from_decay():
         assert param.grad is None
 
 
-def test_a_group_may_override_the_decay():
-    heavy, light = parameter(2, 2), parameter(2, 2)
-    config = OptimizerConfig(kind="adamw", weight_decay=0.0)
-    optimizer = AdamW(
-        [
-            ParamGroup(
-                params=[("a", heavy)], process_group=None, group_ranks=(0,), weight_decay=0.5
-            ),
-            ParamGroup(params=[("b", light)], process_group=None, group_ranks=(0,)),
-        ],
-        config,
-    )
-    before = heavy.detach().clone()
-    optimizer.step(0.1)
-    assert torch.allclose(heavy, before * (1 - 0.1 * 0.5), rtol=1e-12, atol=0)
-    assert torch.equal(light, before)
-
-
 def test_low_precision_parameters_move_by_an_fp32_master():
     param = parameter(64, 8, dtype=torch.bfloat16)
     reference = parameter(64, 8, dtype=torch.bfloat16)

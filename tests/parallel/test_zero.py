@@ -58,7 +58,6 @@ def build(rank, groups, dtype):
             params=params(EXPERT, f"expert{rank % 2}."),
             process_group=expert,
             group_ranks=(rank % 2, rank % 2 + 2),
-            kind="expert",
         ),
     ]
 

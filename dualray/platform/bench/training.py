@@ -171,11 +171,9 @@ class DualrayTrainer:
 
 def _param_groups(held: HeldStages) -> list[ParamGroup]:
     groups = []
-    for kind, params in (("dense", held.dense_parameters()), ("expert", held.expert_parameters())):
+    for params in (held.dense_parameters(), held.expert_parameters()):
         attach_main_grads(params.values())
-        groups.append(
-            ParamGroup(params=list(params.items()), process_group=None, group_ranks=(0,), kind=kind)
-        )
+        groups.append(ParamGroup(params=list(params.items()), process_group=None, group_ranks=(0,)))
     return groups
 
 
