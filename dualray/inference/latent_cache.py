@@ -1,13 +1,14 @@
-"""The paged latent cache and absorbed attention over it (arXiv 2412.19437, section 2.1.1).
+"""The paged cache and attention over it (arXiv 2412.19437, section 2.1.1).
 
-Cached per token and layer are the compressed latent and the one rotary key, nothing per
-head. Attention never expands them: the key half of the up-projection is folded into the
-query and the value half into the output, so that all heads attend over the latent itself
-(C + R wide keys, C wide values). That is the same sum as the expanded attention of
-training, in another order.
+Of each token and layer one row is cached. With Multi-head Latent Attention that is the
+compressed latent and the one rotary key, nothing per head, and attention never expands
+them: the key half of the up-projection is folded into the query and the value half into
+the output, so that all heads attend over the latent itself. That is the same sum as the
+expanded attention of training, in another order. The other attentions cache their keys and
+values; the query says which part of a row is which (`AttentionQuery`).
 
-T tokens, H heads, N nope width, R rotary width, V value width, C latent, L = C + R,
-n sequences, S cached positions.
+T tokens, H heads, G key/value heads, R rows of queries per key/value head (H/G heads times
+T), k key width, c value width, L row width, n sequences, S cached positions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from dualray.inference.block_pool import blocks_for
 from dualray.inference.plan import SequencePlan
-from dualray.model.context import ForwardContext, LatentQuery
+from dualray.model.context import AttentionQuery, ForwardContext
 
 
 class LatentCache:
@@ -32,11 +33,11 @@ class LatentCache:
         *,
         num_blocks: int,
         block_size: int,
-        latent_dim: int,
+        row_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_blocks, block_size, latent_dim)
+        shape = (num_blocks, block_size, row_dim)
         self.block_size = block_size
         self.layers = {i: torch.zeros(shape, dtype=dtype, device=device) for i in layers}
 
@@ -70,6 +71,13 @@ class PagedBatch:
     tables_nB: Tensor
     lengths_n: Tensor
     prompt_parts: tuple[PromptPart, ...]
+    unsort_T: Tensor | None
+    """Puts (single rows, prompt parts) into the order of the rows; None if that it is."""
+
+    def in_row_order(self, outs: Sequence[Tensor]) -> Tensor:
+        """The single rows' results, then each prompt part's, as one tensor of T rows."""
+        joined = outs[0] if len(outs) == 1 else torch.cat(list(outs))
+        return joined if self.unsort_T is None else joined[self.unsort_T]
 
     @classmethod
     def build(
@@ -109,11 +117,16 @@ class PagedBatch:
         def integers(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
+        rows = [row for row, _ in single]
+        for part in parts:
+            rows += range(part.start, part.stop)
+        in_order = rows == sorted(rows)
         return cls(
             positions_T=integers(positions),
             slots_T=integers(slots),
             seq_lens=tuple(len(sequence.ids) for sequence in sequences),
             single_rows_n=integers([row for row, _ in single]),
+            unsort_T=None if in_order else integers(rows).argsort(),
             tables_nB=integers([block for table in tables for block in table]).view(
                 len(single), width
             ),
@@ -123,57 +136,60 @@ class PagedBatch:
 
 
 class PagedAttention:
-    """Attention backend of serving: writes this step's latents, attends over the cache."""
+    """Attention backend of serving: writes this step's rows, attends over the cache."""
 
     def __init__(self, cache: LatentCache, batch: PagedBatch) -> None:
         self._cache = cache
         self._batch = batch
 
-    def attend(self, query: LatentQuery, ctx: ForwardContext) -> Tensor:
+    def attend(self, query: AttentionQuery, ctx: ForwardContext) -> Tensor:
         batch = self._batch
-        T, H, nope = query.q_nope_THN.shape
         blocks = self._cache.layers[query.layer]
-        rows_TL = torch.cat((query.latent_TC, query.k_rope_TR), dim=-1)
-        blocks.view(-1, blocks.shape[-1]).index_copy_(0, batch.slots_T, rows_TL)
-
-        C = query.latent_TC.shape[1]
-        up_HWC = query.kv_b.weight.view(H, -1, C)
-        folded_THC = torch.einsum("thn,hnc->thc", query.q_nope_THN, up_HWC[:, :nope])
-        q_THL = _precise(torch.cat((folded_THC, query.q_rope_THR), dim=-1)) * query.softmax_scale
-
-        out_THC = folded_THC.new_empty(T, H, C)
+        blocks.view(-1, blocks.shape[-1]).index_copy_(0, batch.slots_T, query.cache_rows())
+        q_THk = _precise(query.cache_queries()) * query.softmax_scale
+        outs = [
+            _attend_part(q_THk[part.start : part.stop], blocks, part, query)
+            for part in batch.prompt_parts
+        ]
         if batch.single_rows_n.numel():
-            out_nHC = _attend_single(q_THL[batch.single_rows_n], blocks, batch, C)
-            out_THC[batch.single_rows_n] = out_nHC
-        for part in batch.prompt_parts:
-            out_THC[part.start : part.stop] = _attend_part(
-                q_THL[part.start : part.stop], blocks, part, C
-            )
-        return torch.einsum("thc,hvc->thv", out_THC, up_HWC[:, nope:])
+            outs.insert(0, _attend_single(q_THk[batch.single_rows_n], blocks, batch, query))
+        if not outs:
+            width = query.cache_values(blocks[0, :1]).shape[-1]
+            outs.append(blocks.new_empty(0, q_THk.shape[1], width))
+        return query.cache_output(batch.in_row_order(outs))
 
 
-def _attend_single(q_nHL: Tensor, blocks: Tensor, batch: PagedBatch, C: int) -> Tensor:
-    """One query row per sequence over its own cached positions: (n, H, C)."""
-    keys_nSL = blocks[batch.tables_nB].flatten(1, 2)
-    S = keys_nSL.shape[1]
-    outside_nS = torch.arange(S, device=q_nHL.device) >= batch.lengths_n[:, None]
+def _attend_single(
+    q_nHk: Tensor, blocks: Tensor, batch: PagedBatch, query: AttentionQuery
+) -> Tensor:
+    """One query row per sequence over its own cached positions: (n, H, c)."""
+    rows_nSL = blocks[batch.tables_nB].flatten(1, 2)
+    outside_nS = torch.arange(rows_nSL.shape[1], device=q_nHk.device) >= batch.lengths_n[:, None]
     # A weight of zero does not silence a NaN that an earlier request left in a reused block.
-    keys_nSL.masked_fill_(outside_nS[..., None], 0.0)
-    scores_nHS = torch.bmm(_precise(q_nHL), _precise(keys_nSL).transpose(1, 2))
-    scores_nHS.masked_fill_(outside_nS[:, None], float("-inf"))
-    return torch.bmm(scores_nHS.softmax(-1).to(keys_nSL.dtype), keys_nSL[..., :C])
+    rows_nSL.masked_fill_(outside_nS[..., None], 0.0)
+    return _attend(q_nHk[:, None], rows_nSL, outside_nS[:, None], query).squeeze(1)
 
 
-def _attend_part(q_THL: Tensor, blocks: Tensor, part: PromptPart, C: int) -> Tensor:
-    """Consecutive rows of one sequence, each over what precedes it: (T, H, C)."""
-    T = q_THL.shape[0]
-    S = part.first_position + T
-    keys_SL = blocks[part.blocks_B].flatten(0, 1)[:S]
-    scores_HTS = _precise(q_THL).transpose(0, 1) @ _precise(keys_SL).t()
-    position_T = torch.arange(part.first_position, S, device=q_THL.device)
-    later_TS = torch.arange(S, device=q_THL.device) > position_T[:, None]
-    scores_HTS.masked_fill_(later_TS, float("-inf"))
-    return (scores_HTS.softmax(-1).to(keys_SL.dtype) @ keys_SL[:, :C]).transpose(0, 1)
+def _attend_part(q_THk: Tensor, blocks: Tensor, part: PromptPart, query: AttentionQuery) -> Tensor:
+    """Consecutive rows of one sequence, each over what precedes it: (T, H, c)."""
+    S = part.first_position + q_THk.shape[0]
+    rows_SL = blocks[part.blocks_B].flatten(0, 1)[:S]
+    position_T = torch.arange(part.first_position, S, device=q_THk.device)
+    later_TS = torch.arange(S, device=q_THk.device) > position_T[:, None]
+    return _attend(q_THk[None], rows_SL[None], later_TS[None], query).squeeze(0)
+
+
+def _attend(q_nTHk: Tensor, rows_nSL: Tensor, outside_nTS: Tensor, query: AttentionQuery) -> Tensor:
+    """Softmax attention of T rows of each of n sequences over its S cached rows: (n, T, H, c)."""
+    keys_nGkS = _precise(query.cache_keys(rows_nSL)).permute(0, 2, 3, 1)
+    values_nGSc = query.cache_values(rows_nSL).transpose(1, 2)
+    G, T = keys_nGkS.shape[1], q_nTHk.shape[1]
+    # The H/G heads that share a key are further rows of one product.
+    q_nGRk = q_nTHk.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores_nGRS = q_nGRk @ keys_nGkS
+    scores_nGRS.unflatten(2, (-1, T)).masked_fill_(outside_nTS[:, None, None], float("-inf"))
+    out_nGRc = scores_nGRS.softmax(-1).to(values_nGSc.dtype) @ values_nGSc
+    return out_nGRc.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _precise(x: Tensor) -> Tensor:

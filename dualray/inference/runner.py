@@ -42,7 +42,7 @@ class StageRunner:
     def __init__(
         self, stage: Stage, dispatch: ExpertDispatch, *, num_blocks: int, block_size: int
     ) -> None:
-        weight = stage.get_parameter(f"layers.{stage.layer_range.start}.self_attn.kv_b_proj.weight")
+        weight = stage.get_parameter(f"layers.{stage.layer_range.start}.self_attn.o_proj.weight")
         self.stage = stage
         self.device, self.dtype = weight.device, weight.dtype
         self._dispatch = dispatch
@@ -50,7 +50,7 @@ class StageRunner:
             stage.layer_range,
             num_blocks=num_blocks,
             block_size=block_size,
-            latent_dim=stage.config.latent_dim,
+            row_dim=stage.config.cache_dim,
             dtype=self.dtype,
             device=self.device,
         )

@@ -1,20 +1,102 @@
-"""Multi-head Latent Attention (arXiv 2412.19437, section 2.1.1).
+"""Multi-head Latent Attention (arXiv 2412.19437, section 2.1.1), and what it is compared with.
 
-T tokens, D model, H heads, C latent, R rotary width, B sequences, S their length.
+All kinds hand an `AttentionQuery` to the context's backend, which attends. T tokens, D model,
+H heads, G key/value heads, N nope width, R rotary width, V value width, C latent, L cached
+values per token.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualray.model.config import ModelConfig
-from dualray.model.context import ForwardContext, LatentQuery
+from dualray.model.context import AttentionQuery, ForwardContext, WeightGradSink
 from dualray.model.linear import Linear
-from dualray.model.rope import rotate, softmax_scale
+from dualray.model.rope import rotate_tail, softmax_scale
 
 _LATENT_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps says
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentQuery:
+    """MLA's `AttentionQuery`: compressed and normalised latent, one rotated key for all heads.
+
+    `kv_b` expands the latent to (H * (N + V)). Over cached rows it is absorbed instead: its key
+    half is folded into the query and its value half into the output (section 2.1.1's remark).
+    """
+
+    layer: int
+    q_THd: Tensor
+    latent_TC: Tensor
+    k_rope_TR: Tensor
+    kv_b: Linear
+    softmax_scale: float
+
+    def cache_rows(self) -> Tensor:
+        return torch.cat((self.latent_TC, self.k_rope_TR), dim=-1)
+
+    @property
+    def _nope(self) -> int:
+        return self.q_THd.shape[-1] - self.k_rope_TR.shape[-1]
+
+    def expand(self, sink: WeightGradSink | None) -> tuple[Tensor, Tensor, Tensor]:
+        T, H, _ = self.q_THd.shape
+        kv = self.kv_b(self.latent_TC, sink).view(T, H, -1)
+        k_nope, value = kv.split((self._nope, kv.shape[-1] - self._nope), dim=-1)
+        key = torch.cat((k_nope, self.k_rope_TR[:, None].expand(-1, H, -1)), dim=-1)
+        return self.q_THd, key, value
+
+    def cache_queries(self) -> Tensor:
+        up_HNC = self._up_projection()[:, : self._nope]
+        q_nope, q_rope = self.q_THd.split((self._nope, self.k_rope_TR.shape[-1]), dim=-1)
+        folded_HTC = torch.bmm(q_nope.transpose(0, 1), up_HNC)
+        return torch.cat((folded_HTC.transpose(0, 1), q_rope), dim=-1)
+
+    def cache_keys(self, rows_L: Tensor) -> Tensor:
+        return rows_L.unsqueeze(-2)
+
+    def cache_values(self, rows_L: Tensor) -> Tensor:
+        return rows_L[..., : self.latent_TC.shape[1]].unsqueeze(-2)
+
+    def cache_output(self, out_THc: Tensor) -> Tensor:
+        up_HVC = self._up_projection()[:, self._nope :]
+        return torch.bmm(out_THc.transpose(0, 1), up_HVC.transpose(1, 2)).transpose(0, 1)
+
+    def _up_projection(self) -> Tensor:
+        return self.kv_b.weight.view(self.q_THd.shape[1], -1, self.latent_TC.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsQuery:
+    """`AttentionQuery` of plain heads: keys and values as they are, and cached as they are."""
+
+    layer: int
+    q_THd: Tensor
+    k_TGd: Tensor
+    v_TGV: Tensor
+    softmax_scale: float
+
+    def cache_rows(self) -> Tensor:
+        return torch.cat((self.k_TGd.flatten(1), self.v_TGV.flatten(1)), dim=-1)
+
+    def expand(self, sink: WeightGradSink | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_THd, self.k_TGd, self.v_TGV
+
+    def cache_queries(self) -> Tensor:
+        return self.q_THd
+
+    def cache_keys(self, rows_L: Tensor) -> Tensor:
+        return rows_L[..., : self.k_TGd[0].numel()].unflatten(-1, self.k_TGd.shape[1:])
+
+    def cache_values(self, rows_L: Tensor) -> Tensor:
+        return rows_L[..., self.k_TGd[0].numel() :].unflatten(-1, self.v_TGV.shape[1:])
+
+    def cache_output(self, out_THc: Tensor) -> Tensor:
+        return out_THc
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -25,77 +107,115 @@ class MultiHeadLatentAttention(nn.Module):
         self.config = config
         self.layer = layer
         self.softmax_scale = softmax_scale(config)
-        heads = config.num_attention_heads
+        heads, bias = config.num_attention_heads, config.attention_bias
+        self._latent_widths = (config.latent_rank, config.qk_rope_head_dim)
         if config.q_lora_rank is None:
             self.q_proj = Linear(config.hidden_size, heads * config.qk_head_dim)
+            self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.cache_dim, bias=bias)
         else:
-            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
+            # Both compress the residual stream: one GEMM.
+            compressed = {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": config.cache_dim}
+            self.qkv_a_proj = Linear(config.hidden_size, compressed, bias=bias)
             self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=_LATENT_NORM_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
-        self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.latent_dim)
-        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=_LATENT_NORM_EPS)
+        self.kv_a_layernorm = nn.RMSNorm(config.latent_rank, eps=_LATENT_NORM_EPS)
         self.kv_b_proj = Linear(
-            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)
+            config.latent_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)
         )
-        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size)
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, bias=bias)
 
-    def _queries(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
-        if self.config.q_lora_rank is None:
-            return self.q_proj(x_TD, ctx.weight_grads)
-        compressed = self.q_a_layernorm(self.q_a_proj(x_TD, ctx.weight_grads))
-        return self.q_b_proj(compressed, ctx.weight_grads)
+    def _project(self, x_TD: Tensor, sink: WeightGradSink | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, H * d), latent (T, C) and rotary key (T, R), as projected."""
+        rank = self.config.q_lora_rank
+        if rank is None:
+            latent, k_rope = self.kv_a_proj_with_mqa(x_TD, sink).split(self._latent_widths, dim=-1)
+            return self.q_proj(x_TD, sink), latent, k_rope
+        widths = (rank, *self._latent_widths)
+        compressed, latent, k_rope = self.qkv_a_proj(x_TD, sink).split(widths, dim=-1)
+        return self.q_b_proj(self.q_a_layernorm(compressed), sink), latent, k_rope
 
     def forward(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
-        config = self.config
+        config, sink = self.config, ctx.weight_grads
         assert ctx.cos_sin is not None, "the stage sets the rotary angles before its layers run"
-        q_THd = self._queries(x_TD, ctx).view(-1, config.num_attention_heads, config.qk_head_dim)
-        q_nope, q_rope = q_THd.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x_TD, ctx.weight_grads).split(
-            (config.kv_lora_rank, config.qk_rope_head_dim), dim=-1
-        )
+        q, latent, k_rope = self._project(x_TD, sink)
+        q_THd = q.view(-1, config.num_attention_heads, config.qk_head_dim)
         query = LatentQuery(
             layer=self.layer,
-            q_nope_THN=q_nope,
-            q_rope_THR=rotate(q_rope, *ctx.cos_sin),
+            q_THd=rotate_tail(q_THd, *ctx.cos_sin),
             latent_TC=self.kv_a_layernorm(latent),
-            k_rope_TR=rotate(k_rope, *ctx.cos_sin),
+            k_rope_TR=rotate_tail(k_rope, *ctx.cos_sin),
             kv_b=self.kv_b_proj,
             softmax_scale=self.softmax_scale,
         )
-        out_THV = ctx.attention.attend(query, ctx)
-        return self.o_proj(out_THV.flatten(1), ctx.weight_grads)
+        return self.o_proj(ctx.attention.attend(query, ctx).flatten(1), sink)
+
+
+class GroupedQueryAttention(nn.Module):
+    """MHA, GQA and MQA (arXiv 1706.03762, 2305.13245, 1911.02150): they differ in G alone."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.softmax_scale = softmax_scale(config)
+        heads, groups = config.num_attention_heads, config.key_value_heads
+        self._shapes = (
+            (heads, config.qk_head_dim),
+            (groups, config.qk_head_dim),
+            (groups, config.v_head_dim),
+        )
+        names = ("q_proj", "k_proj", "v_proj")
+        widths = {name: count * width for name, (count, width) in zip(names, self._shapes)}
+        self.qkv_proj = Linear(config.hidden_size, widths, bias=config.attention_bias)
+        self.o_proj = Linear(
+            heads * config.v_head_dim, config.hidden_size, bias=config.attention_bias
+        )
+
+    def forward(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
+        assert ctx.cos_sin is not None, "the stage sets the rotary angles before its layers run"
+        joint = self.qkv_proj(x_TD, ctx.weight_grads).split((*self.qkv_proj.parts.values(),), -1)
+        q, k, v = (part.unflatten(-1, shape) for part, shape in zip(joint, self._shapes))
+        query = HeadsQuery(
+            layer=self.layer,
+            q_THd=rotate_tail(q, *ctx.cos_sin),
+            k_TGd=rotate_tail(k, *ctx.cos_sin),
+            v_TGV=v,
+            softmax_scale=self.softmax_scale,
+        )
+        return self.o_proj(ctx.attention.attend(query, ctx).flatten(1), ctx.weight_grads)
+
+
+def make_attention(config: ModelConfig, layer: int) -> nn.Module:
+    """The attention that `config.attention` names."""
+    if config.attention == "mla":
+        return MultiHeadLatentAttention(config, layer)
+    return GroupedQueryAttention(config, layer)
 
 
 class CausalAttention:
-    """Training's backend: expand keys and values from the latent, attend causally.
+    """Training's backend: expand keys and values, attend causally.
 
     Each packed sequence attends within itself. Sequences of one length go through a single
     call; otherwise one call per run of equal lengths.
     """
 
-    def attend(self, query: LatentQuery, ctx: ForwardContext) -> Tensor:
-        T, H, nope = query.q_nope_THN.shape
-        kv = query.kv_b(query.latent_TC, ctx.weight_grads).view(T, H, -1)
-        k_nope, value = kv.split((nope, kv.shape[-1] - nope), dim=-1)
-        k_rope = query.k_rope_TR[:, None].expand(-1, H, -1)
-        q = torch.cat((query.q_nope_THN, query.q_rope_THR), dim=-1)
-        k = torch.cat((k_nope, k_rope), dim=-1)
+    def attend(self, query: AttentionQuery, ctx: ForwardContext) -> Tensor:
+        q, k, v = query.expand(ctx.weight_grads)
         # Equal head widths let torch take its flash kernel instead of the plain one.
-        v_dim = value.shape[-1]
+        v_dim = v.shape[-1]
         if v_dim < q.shape[-1]:
-            value = F.pad(value, (0, q.shape[-1] - v_dim))
+            v = F.pad(v, (0, q.shape[-1] - v_dim))
         outs, start = [], 0
         for length, count in _runs(ctx.seq_lens):
             end = start + length * count
             q_b, k_b, v_b = (
-                t[start:end].unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, value)
+                t[start:end].unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, v)
             )
             out = F.scaled_dot_product_attention(
-                q_b, k_b, v_b, is_causal=True, scale=query.softmax_scale
+                q_b, k_b, v_b, is_causal=True, scale=query.softmax_scale, enable_gqa=True
             )
             outs.append(out.transpose(1, 2).flatten(0, 1))
             start = end
-        assert start == T, f"sequence lengths sum to {start}, tokens are {T}"
+        assert start == len(q), f"sequence lengths sum to {start}, tokens are {len(q)}"
         return (outs[0] if len(outs) == 1 else torch.cat(outs))[..., :v_dim]
 
 

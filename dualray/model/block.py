@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from dualray.model.attention import MultiHeadLatentAttention
+from dualray.model.attention import make_attention
 from dualray.model.config import ModelConfig
 from dualray.model.context import Dispatched, ForwardContext, Routing
 from dualray.model.moe import FeedForward, MoE
@@ -26,13 +26,13 @@ class Attended:
 
 
 class Block(nn.Module):
-    """RMSNorm, MLA, RMSNorm, then a dense FFN or a MoE. `expert_ids` are the slots held."""
+    """RMSNorm, attention, RMSNorm, then a dense FFN or a MoE. `expert_ids` are the slots held."""
 
     def __init__(self, config: ModelConfig, layer: int, expert_ids: tuple[int, ...]) -> None:
         super().__init__()
         self.layer = layer
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config, layer)
+        self.self_attn = make_attention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: MoE | FeedForward = (
             MoE(config, layer, expert_ids)

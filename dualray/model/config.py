@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from dualray.errors import ConfigError
 
+ATTENTIONS = ("mla", "mha", "gqa", "mqa")
+
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
@@ -55,14 +57,22 @@ class ModelConfig:
     """Transformer layers, MTP modules not counted."""
     num_attention_heads: int
     """Attention heads H."""
+    attention: str = "mla"
+    """`mla` (Multi-head Latent Attention), or what it is compared with: `mha` (a key/value head
+    per query head), `gqa` (num_key_value_heads of them) or `mqa` (one)."""
+    num_key_value_heads: int | None = None
+    """Key/value heads of `gqa`, a divisor of num_attention_heads; None for the others."""
+    attention_bias: bool = False
+    """Biases on the projections of the residual stream, in and out of the attention."""
     q_lora_rank: int | None = None
-    """Rank of the query compression; None projects queries directly."""
-    kv_lora_rank: int
-    """Rank C of the key/value latent, which is what the cache stores."""
+    """Rank of `mla`'s query compression; None projects queries directly."""
+    kv_lora_rank: int | None = None
+    """Rank C of `mla`'s key/value latent, which is what the cache stores; None for the others."""
     qk_nope_head_dim: int
-    """Per-head query/key width without rotation."""
+    """Per-head query/key width without rotation; may be 0 except in `mla`."""
     qk_rope_head_dim: int
-    """Width R of the decoupled rotary part, shared by all heads on the key side; even."""
+    """Width R of the rotary part of queries and keys, even; `mla` shares one rotary key over
+    the heads."""
     v_head_dim: int
     """Per-head value width."""
     n_routed_experts: int
@@ -99,7 +109,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in (
             "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
-            "num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+            "num_attention_heads qk_rope_head_dim v_head_dim "
             "n_routed_experts num_experts_per_tok n_group topk_group max_position_embeddings"
         ).split():
             if getattr(self, field) < 1:
@@ -107,11 +117,7 @@ class ModelConfig:
                     f"model.{field} is {getattr(self, field)} and must be at least 1",
                     hint=f"set model.{field} to 1 or more",
                 )
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ConfigError(
-                f"model.q_lora_rank is {self.q_lora_rank} and must be at least 1",
-                hint="set model.q_lora_rank to 1 or more, or to null for uncompressed queries",
-            )
+        self._check_attention()
         for field in "n_shared_experts first_k_dense_replace num_nextn_predict_layers".split():
             if getattr(self, field) < 0:
                 raise ConfigError(
@@ -161,14 +167,74 @@ class ModelConfig:
                 hint="lower first_k_dense_replace",
             )
 
+    def _check_attention(self) -> None:
+        if self.attention not in ATTENTIONS:
+            raise ConfigError(
+                f"model.attention is {self.attention!r} and must be one of {', '.join(ATTENTIONS)}",
+                hint="set model.attention to mla",
+            )
+        is_mla = self.attention == "mla"
+        if is_mla and self.kv_lora_rank is None:
+            raise ConfigError(
+                "model.kv_lora_rank is missing, and model.attention mla compresses keys and values",
+                hint="set model.kv_lora_rank, in DeepSeek-V3 four times qk_nope_head_dim",
+            )
+        for field in "q_lora_rank kv_lora_rank".split():
+            rank = getattr(self, field)
+            if rank is not None and not is_mla:
+                raise ConfigError(
+                    f"model.{field} is {rank} and model.attention {self.attention} has no latent",
+                    hint=f"remove model.{field}, or set model.attention to mla",
+                )
+            if rank is not None and rank < 1:
+                raise ConfigError(
+                    f"model.{field} is {rank} and must be at least 1",
+                    hint=f"set model.{field} to 1 or more"
+                    + (", or to null for uncompressed queries" if field[0] == "q" else ""),
+                )
+        if self.qk_nope_head_dim < is_mla:
+            raise ConfigError(
+                f"model.qk_nope_head_dim is {self.qk_nope_head_dim} and must be at least "
+                f"{int(is_mla)}",
+                hint=f"set model.qk_nope_head_dim to {int(is_mla)} or more",
+            )
+        if (self.attention == "gqa") != (self.num_key_value_heads is not None):
+            raise ConfigError(
+                f"model.num_key_value_heads is {self.num_key_value_heads} and model.attention is "
+                f"{self.attention}, but it is for gqa, which needs it",
+                hint="set both, or neither",
+            )
+        heads = self.num_key_value_heads
+        if heads is not None and (heads < 1 or self.num_attention_heads % heads):
+            raise ConfigError(
+                f"model.num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"model.num_key_value_heads {heads}",
+                hint="choose a number of key/value heads that divides the heads",
+            )
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads G of keys and values once expanded."""
+        if self.attention == "mqa":
+            return 1
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def latent_rank(self) -> int:
+        """`kv_lora_rank` of an `mla` model."""
+        assert self.kv_lora_rank is not None, f"{self.attention} has no latent"
+        return self.kv_lora_rank
+
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def latent_dim(self) -> int:
-        """Values cached per token and layer: the latent and the shared rotary key."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
+    def cache_dim(self) -> int:
+        """Values cached per token and layer: latent and shared rotary key, or keys and values."""
+        if self.attention == "mla":
+            return self.latent_rank + self.qk_rope_head_dim
+        return self.key_value_heads * (self.qk_head_dim + self.v_head_dim)
 
     @property
     def embedding_is_used_last(self) -> bool:

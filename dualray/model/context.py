@@ -26,28 +26,47 @@ class WeightGradSink(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatentQuery:
-    """What one layer's MLA hands to the attention backend.
+class AttentionQuery(Protocol):
+    """What one layer hands to the attention backend, whichever kind of attention it has.
 
-    q_nope_THN and q_rope_THR are the (rotated) queries; latent_TC is the compressed and
-    normalised key/value, k_rope_TR the rotated key shared by the heads. `kv_b` holds the
-    up-projection (H*(nope+v), C), whose use (expand or absorb) is the backend's choice.
+    H query heads share G key/value heads. Training expands keys and values; serving stores
+    `cache_rows` and attends over such rows, which Multi-head Latent Attention does without
+    expanding them: its one cached row is the key and the value of all heads.
     """
 
-    layer: int
-    q_nope_THN: Tensor
-    q_rope_THR: Tensor
-    latent_TC: Tensor
-    k_rope_TR: Tensor
-    kv_b: Any
-    softmax_scale: float
+    @property
+    def layer(self) -> int: ...
+    @property
+    def softmax_scale(self) -> float: ...
+    def cache_rows(self) -> Tensor:
+        """What is remembered of each token, `ModelConfig.cache_dim` wide."""
+        ...
+
+    def expand(self, sink: WeightGradSink | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, H, d), keys (T, G, d) and values (T, G, v)."""
+        ...
+
+    def cache_queries(self) -> Tensor:
+        """Queries (T, H, k) that score the keys of cached rows."""
+        ...
+
+    def cache_keys(self, rows_L: Tensor) -> Tensor:
+        """Keys (..., G, k) of cached rows (..., L); a view."""
+        ...
+
+    def cache_values(self, rows_L: Tensor) -> Tensor:
+        """Values (..., G, c) of cached rows (..., L); a view."""
+        ...
+
+    def cache_output(self, out_THc: Tensor) -> Tensor:
+        """Weighted sums of cached values to the heads' outputs (T, H, v)."""
+        ...
 
 
 class AttentionBackend(Protocol):
     """Attends; returns (T, H, v_head_dim)."""
 
-    def attend(self, query: LatentQuery, ctx: ForwardContext) -> Tensor: ...
+    def attend(self, query: AttentionQuery, ctx: ForwardContext) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dualray.model.moe import Experts, FeedForward
+from dualray.model.linear import Linear
+from dualray.model.moe import Experts
 from dualray.model.stage import Stage
 
 
@@ -56,17 +57,21 @@ def logical_slices(stage: Stage) -> dict[str, list[LogicalSlice]]:
             result[f"{dot}gate_up_proj"] = _split(prefix + dot, gate_up)
             result[f"{dot}down_proj"] = _split(prefix + dot, down)
             continue
-        if isinstance(module, FeedForward):
-            two_width, hidden = module.gate_up_proj.weight.shape
-            shape: tuple[int, ...] = (two_width // 2, hidden)
-            halves = [("gate_proj.weight", shape), ("up_proj.weight", shape)]
-            result[f"{dot}gate_up_proj.weight"] = _split(prefix + dot, halves)
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in own:
-            # A fused projection has been split by the module around it.
-            if f"{dot}{name}" not in result:
-                result[f"{dot}{name}"] = _split(prefix + dot, [(name, tuple(tensor.shape))])
+        parent = dot.removesuffix(f"{module_name.rpartition('.')[2]}.")
+        for name, tensor in _own_tensors(module):
+            shape = tuple(tensor.shape)
+            if isinstance(module, Linear) and module.parts:
+                # Fused projections are named after what they hold.
+                parts = module.parts.items()
+                held = [(f"{part}.{name}", (width, *shape[1:])) for part, width in parts]
+                result[f"{dot}{name}"] = _split(prefix + parent, held)
+            else:
+                result[f"{dot}{name}"] = _split(prefix + dot, [(name, shape)])
     return result
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
 def stage_tensors(stage: Stage) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ before it is added to the fp32 main gradient; the sum over micro-batches is not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,14 +26,16 @@ from dualray.model.context import WeightGradSink
 
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: WeightGradSink
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sink = sink
-        return F.linear(x, weight)
+        ctx.bias, ctx.sink = bias, sink
+        return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
 
         def accumulate(main_grad: Tensor) -> None:
@@ -42,7 +45,9 @@ class _SplitLinear(torch.autograd.Function):
                 main_grad.add_(dy.t() @ x)
 
         ctx.sink.submit(weight, accumulate)
-        return dy @ weight, None, None
+        if ctx.bias is not None:
+            ctx.sink.submit(ctx.bias, lambda grad: grad.add_(dy.sum(0, dtype=grad.dtype)))
+        return dy @ weight, None, None, None
 
 
 class _SplitGroupedLinear(torch.autograd.Function):
@@ -106,11 +111,13 @@ class _GroupedLinear(torch.autograd.Function):
         )
 
 
-def linear(x: Tensor, weight: Tensor, sink: WeightGradSink | None) -> Tensor:
-    """x (T, K) times weight (M, K) transposed."""
+def linear(
+    x: Tensor, weight: Tensor, sink: WeightGradSink | None, bias: Tensor | None = None
+) -> Tensor:
+    """x (T, K) times weight (M, K) transposed, plus bias (M)."""
     if sink is None or not torch.is_grad_enabled():
-        return F.linear(x, weight)
-    return _SplitLinear.apply(x, weight, sink)
+        return F.linear(x, weight, bias)
+    return _SplitLinear.apply(x, weight, bias, sink)
 
 
 def grouped_linear(
@@ -123,14 +130,23 @@ def grouped_linear(
 
 
 class Linear(nn.Module):
-    """A bias-free linear layer; `weight` is (out_features, in_features)."""
+    """`weight` (out_features, in_features), and `bias` (out_features) where asked for.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    One GEMM may do for several projections of the same input: `out_features` is then the width
+    of each by name, and weight and bias hold them back to back.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int | Mapping[str, int], *, bias: bool = False
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.parts = {} if isinstance(out_features, int) else dict(out_features)
+        width = out_features if isinstance(out_features, int) else sum(self.parts.values())
+        self.weight = nn.Parameter(torch.empty(width, in_features))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def forward(self, x: Tensor, sink: WeightGradSink | None) -> Tensor:
-        return linear(x, self.weight, sink)
+        return linear(x, self.weight, sink, self.bias)
 
 
 class Embedding(nn.Module):

@@ -30,7 +30,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
+        halves = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        self.gate_up_proj = Linear(hidden_size, halves)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x_TD: Tensor, sink: WeightGradSink | None) -> Tensor:

@@ -7,8 +7,8 @@ from support.models import tiny_config, training_context, whole_model
 from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBatch
 from dualray.inference.plan import Owner, SampleSpec, SequencePlan, StepPlan
 from dualray.inference.runner import StageRunner, StepRunner
-from dualray.model.attention import CausalAttention
-from dualray.model.context import ForwardContext, LatentQuery, RoutingTape
+from dualray.model.attention import CausalAttention, HeadsQuery, LatentQuery
+from dualray.model.context import ForwardContext, RoutingTape
 from dualray.model.init import logical_tensors
 from dualray.model.linear import Linear
 from dualray.model.moe import LocalDispatch
@@ -43,26 +43,46 @@ def make_runner(stage: Stage, num_blocks=16) -> StageRunner:
     return StageRunner(stage, dispatch, num_blocks=num_blocks, block_size=BLOCK)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_absorbed_paged_attention_equals_expanded_attention(dtype):
-    """Three sequences of odd lengths, run as prompt, prompt part plus rest, and token by token."""
-    torch.manual_seed(0)
+def latent_queries(T, dtype):
     H, nope, rope, v, C = 3, 10, 6, 12, 8
-    lengths = (7, 9, 5)
-    T = sum(lengths)
     kv_b = Linear(C, H * (nope + v)).to(dtype)
     torch.nn.init.normal_(kv_b.weight)
-    rows = {
-        "q_nope_THN": torch.randn(T, H, nope, dtype=dtype),
-        "q_rope_THR": torch.randn(T, H, rope, dtype=dtype),
-        "latent_TC": torch.randn(T, C, dtype=dtype),
-        "k_rope_TR": torch.randn(T, rope, dtype=dtype),
-    }
+    q = torch.randn(T, H, nope + rope, dtype=dtype)
+    latent, k_rope = torch.randn(T, C, dtype=dtype), torch.randn(T, rope, dtype=dtype)
 
     def query(select=slice(None)):
-        picked = {name: t[select] for name, t in rows.items()}
-        return LatentQuery(layer=3, kv_b=kv_b, softmax_scale=0.2, **picked)
+        return LatentQuery(
+            layer=3,
+            q_THd=q[select],
+            latent_TC=latent[select],
+            k_rope_TR=k_rope[select],
+            kv_b=kv_b,
+            softmax_scale=0.2,
+        )
 
+    return query, C + rope
+
+
+def grouped_queries(T, dtype):
+    H, G, d, v = 6, 2, 10, 7
+    q = torch.randn(T, H, d, dtype=dtype)
+    k, value = torch.randn(T, G, d, dtype=dtype), torch.randn(T, G, v, dtype=dtype)
+
+    def query(select=slice(None)):
+        return HeadsQuery(
+            layer=3, q_THd=q[select], k_TGd=k[select], v_TGV=value[select], softmax_scale=0.2
+        )
+
+    return query, G * (d + v)
+
+
+@pytest.mark.parametrize("make_queries", [latent_queries, grouped_queries])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_paged_attention_equals_expanded_attention(make_queries, dtype):
+    """Three sequences of odd lengths, run as prompt, prompt part plus rest, and token by token."""
+    torch.manual_seed(0)
+    lengths = (7, 9, 5)
+    query, row_dim = make_queries(sum(lengths), dtype)
     ctx = ForwardContext(
         positions_T=torch.cat([torch.arange(n) for n in lengths]),
         seq_lens=lengths,
@@ -75,7 +95,7 @@ def test_absorbed_paged_attention_equals_expanded_attention(dtype):
             [3],
             num_blocks=9,
             block_size=BLOCK,
-            latent_dim=C + rope,
+            row_dim=row_dim,
             dtype=dtype,
             device=torch.device("cpu"),
         )

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import forward_losses, random_batch, tiny_config, training_context, whole_model
+from support.models import (
+    attention_changes,
+    forward_losses,
+    random_batch,
+    tiny_config,
+    training_context,
+    whole_model,
+)
 
 from dualray.model.config import ModelConfig, YarnConfig
 from dualray.model.init import logical_slices, logical_tensors
@@ -103,9 +110,17 @@ class CollectingSink:
             accumulate(weight.main_grad)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_deferred_weight_gradients_equal_plain_autograd(tied: bool) -> None:
-    config = tiny_config(tie_word_embeddings=tied)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "attention_bias": True},
+        attention_changes("gqa") | {"attention_bias": True},
+    ],
+    ids=["untied", "tied-bias", "gqa-bias"],
+)
+def test_deferred_weight_gradients_equal_plain_autograd(changes: dict) -> None:
+    config = tiny_config(**changes)
     ids, labels = random_batch(config, 3, 16)
     grads = []
     for sink in (None, CollectingSink()):

@@ -87,3 +87,12 @@ def random_batch(config: ModelConfig, num_sequences: int, seq_len: int, seed: in
 def forward_losses(stage: Stage, ids_BS: Tensor, labels_DBS: Tensor, ctx: ForwardContext) -> Losses:
     x_TD = stage.embed(ids_BS.flatten(), ctx)
     return stage.losses(stage(x_TD, ctx), labels_DBS.flatten(1), ctx)
+
+
+def attention_changes(kind: str) -> dict:
+    """What `tiny_config` must change to have that kind of attention."""
+    if kind == "mla":
+        return {}
+    changes = {"attention": kind, "q_lora_rank": None, "kv_lora_rank": None}
+    changes |= {"num_attention_heads": 4}
+    return changes | ({"num_key_value_heads": 2} if kind == "gqa" else {})
