@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualray.kernels.causal_attention import causal_attention
 from dualray.model.config import ModelConfig
 from dualray.model.context import AttentionQuery, ForwardContext, WeightGradSink
 from dualray.model.linear import Linear
@@ -200,23 +200,17 @@ class CausalAttention:
 
     def attend(self, query: AttentionQuery, ctx: ForwardContext) -> Tensor:
         q, k, v = query.expand(ctx.weight_grads)
-        # Equal head widths let torch take its flash kernel instead of the plain one.
-        v_dim = v.shape[-1]
-        if v_dim < q.shape[-1]:
-            v = F.pad(v, (0, q.shape[-1] - v_dim))
         outs, start = [], 0
         for length, count in _runs(ctx.seq_lens):
             end = start + length * count
             q_b, k_b, v_b = (
                 t[start:end].unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, v)
             )
-            out = F.scaled_dot_product_attention(
-                q_b, k_b, v_b, is_causal=True, scale=query.softmax_scale, enable_gqa=True
-            )
+            out = causal_attention(q_b, k_b, v_b, query.softmax_scale)
             outs.append(out.transpose(1, 2).flatten(0, 1))
             start = end
         assert start == len(q), f"sequence lengths sum to {start}, tokens are {len(q)}"
-        return (outs[0] if len(outs) == 1 else torch.cat(outs))[..., :v_dim]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _runs(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
