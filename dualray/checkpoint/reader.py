@@ -16,10 +16,14 @@ from dualray.checkpoint.shard import MappedShard
 from dualray.errors import CheckpointError
 
 
+_PART_BYTES = 1 << 24
+
+
 class Reader:
     """A committed checkpoint, memory-mapped: only the ranges that are asked for are read.
 
-    Opening checks the manifest against COMMIT, and the size of each file when it is first used;
+    What has been copied out is dropped from memory again, part by part, so that reading takes
+    no more room than what is read into. Opening checks the manifest against COMMIT, and the size of each file when it is first used;
     hashes of tensor files are checked by `store.verify`, once, by whoever picks the checkpoint.
     """
 
@@ -89,7 +93,8 @@ class Reader:
         assert filled == view.numel(), f"the pieces of {name} leave a gap"
 
     def _parts(self, entry: TensorEntry, start: int, stop: int) -> Iterator[Tensor]:
-        """Views of the mapped files that together are elements [start, stop)."""
+        """Views of the mapped files that together are elements [start, stop), each good until
+        the next."""
         if start == stop:
             return
         first = bisect.bisect_right(entry.pieces, start, key=lambda piece: piece.start) - 1
@@ -99,12 +104,14 @@ class Reader:
             if piece.file not in self._files:
                 size_bytes = self._manifest.files[piece.file].size_bytes
                 self._files[piece.file] = MappedShard.open(self.folder / piece.file, size_bytes)
-            yield self._files[piece.file].view(
-                piece.key,
-                DTYPES[entry.dtype],
-                max(start, piece.start) - piece.start,
-                min(stop, piece.start + piece.count) - piece.start,
-            )
+            file, dtype = self._files[piece.file], DTYPES[entry.dtype]
+            low = max(start, piece.start) - piece.start
+            high = min(stop, piece.start + piece.count) - piece.start
+            step = _PART_BYTES // dtype.itemsize
+            for begin in range(low, high, step):
+                part = file.view(piece.key, dtype, begin, min(begin + step, high))
+                yield part
+                file.forget(part)
 
     def _entry(self, name: str) -> TensorEntry:
         try:

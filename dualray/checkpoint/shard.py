@@ -8,11 +8,13 @@ file in memory at once and tells no hash, and its slices know nothing of flat ra
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,46 @@ from torch import Tensor
 from dualray.checkpoint.manifest import DTYPE_NAMES, DamagedError, FileEntry, check_size
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A tensor that is written without ever being whole in memory."""
+
+    key: str
+    """Key in the file."""
+    shape: tuple[int, ...]
+    """Its shape there."""
+    dtype: torch.dtype
+    """Its dtype there."""
+    chunks: Callable[[], Iterable[Tensor]]
+    """Its values in row-major order, cut anywhere; called once."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_shard(path: Path, tensors: Sequence[tuple[str, tuple[int, ...], Tensor]]) -> FileEntry:
     """Writes (key, shape, flat tensor) triples into a new file."""
+
+    def stream(key: str, shape: tuple[int, ...], tensor: Tensor) -> Stream:
+        return Stream(key=key, shape=shape, dtype=tensor.dtype, chunks=lambda: [tensor])
+
+    return write_streams(path, [stream(*item) for item in tensors])
+
+
+def write_streams(
+    path: Path, streams: Sequence[Stream], metadata: dict[str, str] | None = None
+) -> FileEntry:
+    """Writes streams into a new file, one after the other; `metadata` is the header's own."""
     # Widest elements first keep every tensor aligned without padding, which the format forbids.
-    tensors = sorted(tensors, key=lambda item: -item[2].element_size())
-    header: dict[str, Any] = {}
+    streams = sorted(streams, key=lambda stream: -stream.dtype.itemsize)
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
-    for key, shape, tensor in tensors:
-        start, end = end, end + tensor.nbytes
-        header[key] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": shape,
+    for stream in streams:
+        start, end = end, end + stream.nbytes
+        header[stream.key] = {
+            "dtype": DTYPE_NAMES[stream.dtype],
+            "shape": stream.shape,
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -41,8 +72,13 @@ def write_shard(path: Path, tensors: Sequence[tuple[str, tuple[int, ...], Tensor
 
     def chunks() -> Iterator[Any]:
         yield struct.pack("<Q", len(text)) + text
-        for _, _, tensor in tensors:
-            yield tensor.detach().contiguous().cpu().view(torch.uint8).numpy()
+        for stream in streams:
+            written = 0
+            for chunk in stream.chunks():
+                assert chunk.dtype == stream.dtype, f"{stream.key}: a chunk of {chunk.dtype}"
+                written += chunk.nbytes
+                yield chunk.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+            assert written == stream.nbytes, f"{stream.key}: {written} of {stream.nbytes} bytes"
 
     return write_file(path, chunks())
 
@@ -66,6 +102,10 @@ class MappedShard:
     path: Path
     data: mmap.mmap
     offsets: dict[str, tuple[int, int]]
+
+    @cached_property
+    def _address(self) -> int:
+        return torch.frombuffer(self.data, dtype=torch.uint8).data_ptr()
 
     @classmethod
     def open(cls, path: Path, size_bytes: int) -> MappedShard:
@@ -91,3 +131,12 @@ class MappedShard:
             raise DamagedError(f"{self.path} does not hold what its manifest says of {key}")
         offset = begin + start * dtype.itemsize
         return torch.frombuffer(self.data, dtype=dtype, count=stop - start, offset=offset)
+
+    def forget(self, part: Tensor) -> None:
+        """Drop the pages of a `view` from this process; reading them again maps them again.
+
+        Only safe while nobody has written to the view.
+        """
+        start = part.data_ptr() - self._address
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self.data.madvise(mmap.MADV_DONTNEED, first, start + part.nbytes - first)

@@ -100,11 +100,16 @@ def step_dir(checkpoints_dir: Path, step: int) -> Path:
 
 def begin(checkpoints_dir: Path, step: int) -> Path:
     """Makes the temporary folder for all ranks; refuses a step that is already there."""
-    _refuse_existing(step_dir(checkpoints_dir, step))
-    path = checkpoints_dir / f".tmp-step-{step}-{uuid.uuid4().hex[:8]}"
-    with _writing(path):
+    return begin_at(step_dir(checkpoints_dir, step))
+
+
+def begin_at(final: Path) -> Path:
+    """Makes the temporary folder of what will be `final`, beside it; refuses if that is there."""
+    refuse_existing(final)
+    path = final.parent / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
+    with writing(path):
         path.mkdir(parents=True)
-        _fsync_dir(checkpoints_dir.parent)  # the first checkpoint's folder is new itself
+        fsync_dir(final.parent.parent)  # the first checkpoint's folder is new itself
     return path
 
 
@@ -120,14 +125,14 @@ def write_rank(
     shares: dict[str, TensorEntry] = {}
     for index, batch in enumerate(_file_batches(pieces, limit_bytes)):
         file = f"rank-{rank:05d}-{index:05d}.safetensors"
-        with _writing(folder / file):
+        with writing(folder / file):
             files[file] = write_shard(
                 folder / file, [(piece.key, piece.stored_shape, piece.tensor) for piece in batch]
             )
         for piece in batch:
             _add_share(shares, piece.name, piece.entry(file))
-    with _writing(folder):
-        _fsync_dir(folder)
+    with writing(folder):
+        fsync_dir(folder)
     return RankFiles(rank=rank, files=files, tensors=shares)
 
 
@@ -140,7 +145,7 @@ def commit(
     every logical tensor exactly once, a rank's file is not here, or `final` exists.
     """
     assert isinstance(meta["step"], int), "meta.step is the number of finished optimizer steps"
-    _refuse_existing(final)
+    refuse_existing(final)
     files = {name: entry for rank in rank_files for name, entry in rank.files.items()}
     for name, entry in files.items():
         path = temporary / name
@@ -150,14 +155,14 @@ def commit(
                 hint="put the run's folder on storage that every node shares",
             )
     manifest = Manifest(meta=meta, files=files, tensors=_assemble(rank_files)).to_json()
-    with _writing(final):
+    with writing(final):
         write_file(temporary / MANIFEST, [manifest])
-        _fsync_dir(temporary)
+        fsync_dir(temporary)
         write_file(temporary / COMMIT, [commit_text(manifest)])
-        _fsync_dir(temporary)
+        fsync_dir(temporary)
         # rename(2) replaces no folder that has files in it, so a race cannot overwrite either.
         os.rename(temporary, final)
-        _fsync_dir(final.parent)
+        fsync_dir(final.parent)
 
 
 def _assemble(rank_files: Sequence[RankFiles]) -> dict[str, TensorEntry]:
@@ -236,7 +241,7 @@ def _cut(piece: Piece, limit_bytes: int) -> Iterator[Piece]:
         )
 
 
-def _fsync_dir(path: Path) -> None:
+def fsync_dir(path: Path) -> None:
     """Makes the names in a folder durable; a file's fsync does not do that."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -245,7 +250,7 @@ def _fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
-def _refuse_existing(final: Path) -> None:
+def refuse_existing(final: Path) -> None:
     if final.exists():
         raise CheckpointError(
             f"{final} exists and a checkpoint is never overwritten",
@@ -254,7 +259,7 @@ def _refuse_existing(final: Path) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Generator[None, None, None]:
+def writing(path: Path) -> Generator[None, None, None]:
     """Says in one sentence what the operating system refused."""
     try:
         yield
