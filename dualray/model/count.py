@@ -1,4 +1,7 @@
-"""How many parameters a configuration has, counted on the meta device: no formula can drift."""
+"""Parameters counted on the meta device: what the formulas of `formulas.py` are held against.
+
+The stage that is built is the one that trains, so no formula can drift from it unnoticed.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,55 @@ from dataclasses import dataclass
 import torch
 
 from dualray.model.config import ModelConfig
-from dualray.model.moe import Experts
+from dualray.model.formulas import ParameterCount, unused_parameters
 from dualray.model.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParameterCount:
-    """Parameters of the main model, those a token uses, and what the MTP modules add."""
+class Counted:
+    """Parameters by part, under the names of `main_parameters` and `mtp_parameters`."""
 
-    total: int
-    active: int
-    mtp: int
+    main: dict[str, int]
+    mtp: dict[str, int]
+
+
+def count_parts(config: ModelConfig) -> Counted:
+    """Counts without memory; parts that the model lacks are missing."""
+    with torch.device("meta"):
+        stage = Stage(config)
+    counted = Counted(main={}, mtp={})
+    for name, parameter in stage.named_parameters():
+        layer = name.split(".")[1] if name.startswith("layers.") else "0"
+        parts = counted.mtp if int(layer) >= config.num_hidden_layers else counted.main
+        part = _part(name)
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return counted
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Counts without memory: the stage is built on the meta device."""
-    with torch.device("meta"):
-        stage = Stage(config)
-    mtp_names = {str(config.num_hidden_layers + d) for d in range(config.num_nextn_predict_layers)}
-    total = mtp = idle = 0
-    for name, parameter in stage.named_parameters():
-        parts = name.split(".")
-        if parts[0] == "layers" and parts[1] in mtp_names:
-            mtp += parameter.numel()
-            continue
-        total += parameter.numel()
-    for name, module in stage.named_modules():
-        if isinstance(module, Experts) and name.split(".")[1] not in mtp_names:
-            held = sum(p.numel() for p in module.parameters())
-            share = config.num_experts_per_tok / config.n_routed_experts
-            idle += held - round(held * share)
-    return ParameterCount(total=total, active=total - idle, mtp=mtp)
+    """Total, active and MTP parameters of the model as it is built."""
+    counted = count_parts(config)
+    total = sum(counted.main.values())
+    unused = unused_parameters(config, {"routed_experts": 0} | counted.main)
+    return ParameterCount(total=total, active=total - unused, mtp=sum(counted.mtp.values()))
+
+
+def _part(name: str) -> str:
+    """The part that a parameter belongs to."""
+    module = name.rpartition(".")[0]
+    if module.endswith("norm"):
+        return "norms"
+    for piece, part in (
+        ("embed_tokens", "embedding"),
+        ("lm_head", "head"),
+        ("self_attn", "attention"),
+        ("mlp.gate", "router"),
+        ("mlp.shared_experts", "shared_experts"),
+        ("mlp.experts", "routed_experts"),
+        ("mlp", "dense_ffn"),
+        ("eh_proj", "projection"),
+    ):
+        # Whole words: `mlp.gate_up_proj` is not the router.
+        if f".{piece}." in f".{name}.":
+            return part
+    raise AssertionError(f"{name} belongs to no part")
