@@ -28,11 +28,10 @@ from dualray.errors import RunError
 from dualray.inference.plan import Sampled, StepPlan
 from dualray.inference.runner import PipelineTransport, StageRunner, StepRunner
 from dualray.inference.scheduler import Limits
-from dualray.model.config import ModelConfig
 from dualray.parallel.groups import Rendezvous, host_rendezvous
 from dualray.parallel.layout import Layout
+from dualray.parallel.phases import Phase
 from dualray.parallel.placement import ExpertPlacement
-from dualray.parallel.train_config import TrainConfig
 from dualray.parallel.trainer import HeldOut, StepResult, Trainer
 
 
@@ -40,9 +39,9 @@ from dualray.parallel.trainer import HeldOut, StepResult, Trainer
 class WorkerSpec:
     """What every worker of a run is told; only the rank differs."""
 
-    model: ModelConfig
+    phase: Phase
+    """The one that the workers start in."""
     layout: Layout
-    train: TrainConfig
     placement: ExpertPlacement
     data_path: str | None
     """Token shards; None for a run that only serves."""
@@ -70,6 +69,7 @@ class StageWorker:
 
     def __init__(self, spec: WorkerSpec, rank: int) -> None:
         self.spec, self.rank = spec, rank
+        self.phase = spec.phase
         self.node = ray.util.get_node_ip_address()
         self._trainer: Trainer | None = None
         self._loader: Loader | None = None
@@ -92,16 +92,13 @@ class StageWorker:
         )
         spec = self.spec
         if spec.data_path is not None:
-            self._loader = Loader(
-                TokenDataset.open(spec.data_path, verify=self.rank == 0),
-                seed=spec.seed,
-                seq_len=spec.train.seq_len,
-                depths=spec.model.num_nextn_predict_layers,
-            )
+            dataset = TokenDataset.open(spec.data_path, verify=self.rank == 0)
+            self._loader = phase_loader(dataset, self.phase, seed=spec.seed)
         self._trainer = Trainer(
-            model=spec.model,
+            model=self.phase.model,
             layout=spec.layout,
-            train=spec.train,
+            train=self.phase.train,
+            first_step=self.phase.first_step,
             placement=spec.placement,
             rank=self.rank,
             rendezvous=rendezvous,
@@ -121,6 +118,12 @@ class StageWorker:
         assert self._loader is not None, "this run has no data"
         return self._loader
 
+    def enter_phase(self, phase: Phase) -> None:
+        """Let the steps from `phase.first_step` on be those of `phase`."""
+        self.phase = phase
+        self.trainer.enter_phase(phase)
+        self._loader = phase_loader(self.loader.dataset, phase, seed=self.spec.seed)
+
     def restore(self, checkpoint: str, step: int) -> None:
         """Weights and optimizer state after `step` optimizer steps."""
         trainer_state.restore(self.trainer, Reader(Path(checkpoint)), step=step)
@@ -138,7 +141,7 @@ class StageWorker:
 
     def evaluate(self, num_batches: int | None) -> HeldOut:
         """Held-out loss over so many global batches, or all of them. A collective."""
-        sequences = self.spec.train.global_sequences(self.spec.layout)
+        sequences = self.phase.train.global_sequences(self.spec.layout)
         available = self.loader.num_batches(sequences)
         count = available if num_batches is None else min(num_batches, available)
         return self.trainer.evaluate(self.loader, count)
@@ -198,6 +201,18 @@ class StageWorker:
         if self._trainer is not None:
             self._trainer.close()
             self._trainer = None
+
+
+def phase_loader(dataset: TokenDataset, phase: Phase, *, seed: int) -> Loader:
+    """What the steps of a phase read."""
+    return Loader(
+        dataset,
+        seed=seed,
+        seq_len=phase.train.seq_len,
+        depths=phase.model.num_nextn_predict_layers,
+        first_step=phase.first_step,
+        first_sample=phase.first_sample,
+    )
 
 
 def _interface_of(address: str) -> str:

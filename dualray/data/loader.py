@@ -61,8 +61,21 @@ class GlobalBatch:
 class Loader:
     """Reads batches of one dataset. Cheap to make; two with equal arguments give equal batches."""
 
-    def __init__(self, dataset: TokenDataset, *, seed: int, seq_len: int, depths: int) -> None:
-        """`depths` is the number D of MTP depths (0 or more)."""
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        seed: int,
+        seq_len: int,
+        depths: int,
+        first_step: int = 0,
+        first_sample: int = 0,
+    ) -> None:
+        """`depths` is the number D of MTP depths (0 or more).
+
+        Step `first_step` of the training split begins with sample `first_sample`: a run that
+        changes its sequence length goes on in the corpus where it was.
+        """
         if seq_len < 1 or depths < 0:
             raise ConfigError(
                 f"seq_len is {seq_len} and depths is {depths}, they must be at least 1 and 0",
@@ -72,6 +85,8 @@ class Loader:
         self.seed = seed
         self.seq_len = seq_len
         self.depths = depths
+        self.first_step = first_step
+        self.first_sample = first_sample
 
     def num_samples(self, split: str = "train") -> int:
         """Windows of a split; of the held-out one also the incomplete last window counts."""
@@ -93,7 +108,10 @@ class Loader:
         Raises DataError if the split has fewer samples than one step needs, or (held-out) if it
         ends before `step`.
         """
-        return self.samples(step * num_sequences, num_sequences, split)
+        first = step * num_sequences
+        if split == "train":
+            first = self.first_sample + (step - self.first_step) * num_sequences
+        return self.samples(first, num_sequences, split)
 
     def samples(self, first: int, count: int, split: str = "train") -> GlobalBatch:
         """The `count` samples that follow the first `first` ones: `batch` for steps of any size."""
@@ -151,18 +169,21 @@ class Loader:
             "seed": self.seed,
             "seq_len": self.seq_len,
             "depths": self.depths,
+            "first_step": self.first_step,
+            "first_sample": self.first_sample,
         }
 
     def require(self, fingerprint: dict[str, str | int]) -> None:
         """Raises DataError naming the first field in which a checkpoint's fingerprint differs."""
         for field, ours in self.fingerprint().items():
-            theirs = fingerprint.get(field)
+            # Checkpoints from before runs had phases know of no first step.
+            theirs = fingerprint.get(field, 0 if field.startswith("first_") else None)
             if theirs != ours:
                 raise DataError(
                     f"{field} is {_short(ours)} and the checkpoint was trained with "
                     f"{_short(theirs)}",
-                    hint="resume with the same data, seed and sequence length, or start a new run "
-                    "with train.init_from",
+                    hint="resume with the same data, seed, sequence length and phases before, or "
+                    "start a new run with train.init_from",
                 )
 
     def _key(self, epoch: int) -> str:

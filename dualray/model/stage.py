@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualray.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from dualray.model.block import Block
 from dualray.model.config import ModelConfig
 from dualray.model.context import ForwardContext
 from dualray.model.linear import Embedding, Linear, linear
 from dualray.model.mtp import MtpModule
-from dualray.model.rope import Rope
+from dualray.model.rope import Rope, softmax_scale
 
 IGNORED_LABEL = -100
 
@@ -70,6 +71,14 @@ class Stage(nn.Module):
             for depth in range(config.num_nextn_predict_layers):
                 layer = config.num_hidden_layers + depth
                 self.layers[str(layer)] = MtpModule(config, layer, held(layer))
+
+    def set_rope(self, config: ModelConfig) -> None:
+        """Rotate and scale as `config` says, which has another context and is else the same."""
+        scale = softmax_scale(config)
+        self.config, self.rope = config, Rope(config)
+        for module in self.modules():
+            if isinstance(module, (MultiHeadLatentAttention, GroupedQueryAttention)):
+                module.softmax_scale = scale
 
     @property
     def needs_embedding(self) -> bool:

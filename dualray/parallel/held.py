@@ -90,6 +90,12 @@ class HeldStages:
         self.embedding_copy = copy.to(device=device, dtype=dtype)
         return self.embedding_copy
 
+    def set_rope(self, config: ModelConfig) -> None:
+        """Rotate and scale as `config` says, which differs in nothing else."""
+        self.config = config
+        for stage in self.stages.values():
+            stage.set_rope(config)
+
     def routers(self) -> Iterator[Router]:
         for stage in self.stages.values():
             yield from _routers(stage)

@@ -19,7 +19,7 @@ class LrConfig:
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up; the first step uses lr / warmup_steps."""
     steps: int = 1
-    """Optimizer steps of the whole run; the cosine reaches `min_lr` after the last."""
+    """Optimizer steps of the run or of its phase; the cosine reaches `min_lr` after the last."""
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):

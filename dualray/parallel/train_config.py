@@ -11,9 +11,9 @@ from dualray.parallel.lr import LrConfig
 from dualray.parallel.optimizer import OptimizerConfig
 
 _AT_LEAST_ONE = (
-    "steps seq_len micro_batch_size micro_batches eval_batches keep_checkpoints log_every".split()
+    "seq_len micro_batch_size micro_batches eval_batches keep_checkpoints log_every".split()
 )
-_NOT_NEGATIVE = "clip_norm gamma alpha mtp_lambda eval_every checkpoint_every".split()
+_NOT_NEGATIVE = "steps clip_norm gamma alpha mtp_lambda eval_every checkpoint_every".split()
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -27,7 +27,8 @@ class TrainConfig:
     """
 
     steps: int
-    """Optimizer steps of the whole run."""
+    """Optimizer steps, those of section `extend` not counted; 0 where a run does nothing but
+    extend train.init_from."""
     seq_len: int
     """Tokens per sequence; at most model.max_position_embeddings."""
     micro_batch_size: int = 1
@@ -84,7 +85,8 @@ class TrainConfig:
                 f"train.dtype is {self.dtype} and must be one of {', '.join(DTYPES)}",
                 hint="set train.dtype to float32",
             )
-        self.learning_rate()
+        if self.steps:
+            self.learning_rate()
         self.optimizer_config()
 
     def _at_least(self, field: str, bound: int) -> None:

@@ -30,6 +30,7 @@ from dualray.parallel.layout import Layout
 from dualray.parallel.lr import lr_at
 from dualray.parallel.optimizer import ParamGroup, make_optimizer
 from dualray.parallel.p2p import PipelineLinks
+from dualray.parallel.phases import Phase
 from dualray.parallel.placement import ExpertPlacement
 from dualray.parallel.train_config import TrainConfig
 from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
@@ -80,17 +81,20 @@ class Trainer:
         rendezvous: Rendezvous,
         seed: int,
         device: torch.device,
+        first_step: int = 0,
         hosted: dist.TCPStore | None = None,
         only_serves: bool = False,
     ) -> None:
         """Builds the stages and joins the others; `hosted` is rank 0's rendezvous store.
 
-        `only_serves` leaves gradients and optimizer state out.
+        The learning rate of `train` counts its steps from `first_step`. `only_serves` leaves
+        gradients and optimizer state out.
         """
         self.model, self.layout, self.train = model, layout, train
         self.placement, self.rank = placement, rank
         self.at = layout.coordinate(rank)
         self.device = device
+        self.first_step = first_step
         self.schedule = make_schedule(layout.schedule, layout.pipeline, train.micro_batches)
         self.held = HeldStages(
             model,
@@ -112,8 +116,29 @@ class Trainer:
         self.executor = Executor(
             self.held, self.at.pipeline, self.links, self.dispatches, self.weight_grads
         )
-        self.slicer = Slicer(
-            layout=layout, schedule=self.schedule, train=train, at=self.at, device=self.device
+        self.slicer = self._slicer()
+
+    def enter_phase(self, phase: Phase) -> None:
+        """Go on with other positions, sequences and learning rates.
+
+        Weights, moments and router biases stay. Stage boundaries and optimizer are those of
+        the layout and of the first phase, so `phase.model` may differ in nothing but
+        `rope_scaling` and `max_position_embeddings`.
+        """
+        self.model, self.train, self.first_step = phase.model, phase.train, phase.first_step
+        self.schedule = make_schedule(
+            self.layout.schedule, self.layout.pipeline, phase.train.micro_batches
+        )
+        self.held.set_rope(phase.model)
+        self.slicer = self._slicer()
+
+    def _slicer(self) -> Slicer:
+        return Slicer(
+            layout=self.layout,
+            schedule=self.schedule,
+            train=self.train,
+            at=self.at,
+            device=self.device,
         )
 
     def _dispatch(self, group: Group) -> ExpertDispatch:
@@ -133,7 +158,7 @@ class Trainer:
         begin = time.time()
         self.optimizer.reduce()
         norm = self._clip(step)
-        lr = lr_at(step, self.train.learning_rate())
+        lr = lr_at(step - self.first_step, self.train.learning_rate())
         self.optimizer.step(lr)
         loads = global_loads(sums.loads, self.groups.dense)
         update_biases(self.held.routers(), loads, self.train.gamma)

@@ -62,6 +62,8 @@ class RunSummary:
     """The step that comes next; above 1 when the run is resumed."""
     folder: str = ""
     """Where the run writes, such as `runs/demo`."""
+    phases: str = ""
+    """The run's phases in words, if it has several."""
 
 
 def cells(metrics: StepMetrics, num_steps: int, eta_s: float | None) -> tuple[str, ...]:
@@ -127,6 +129,7 @@ class Console:
             ("layout", summary.layout),
             ("corpus", summary.corpus),
             ("steps", steps),
+            *([("phases", summary.phases)] if summary.phases else []),
         )
         for title, text in facts:
             self._say(f"{title:<8}{text}", style="bold" if title == "run" else "")

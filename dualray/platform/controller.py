@@ -29,7 +29,8 @@ from dualray.data.dataset import TokenDataset
 from dualray.data.tokenizer import load_tokenizer
 from dualray.data.yardsticks import yardsticks
 from dualray.errors import DualrayError
-from dualray.inference.scheduler import owners
+from dualray.inference.scheduler import Limits, owners
+from dualray.parallel.phases import phase_at
 from dualray.parallel.placement import contiguous_placement
 from dualray.platform.client import Client
 from dualray.platform.events import Event, EventLog, Note, StateChange
@@ -70,6 +71,7 @@ class Controller:
         self, assignment: Assignment, group: PlacementGroup, connection: Connection
     ) -> None:
         self._a = assignment
+        self._phases = assignment.run.phases()
         self._group = group
         self._connection = connection
         self._events = EventLog()
@@ -92,7 +94,7 @@ class Controller:
     def status(self) -> dict[str, Any]:
         """What `dualray status` shows."""
         done = self._a.first_step if self._training is None else self._training.steps_done
-        return self._snapshot() | {"step": done, "steps": self._a.run.train.steps}
+        return self._snapshot() | {"step": done, "steps": self._phases[-1].end_step}
 
     def run(self) -> None:
         """The whole life of the run; errors become the final state's reason."""
@@ -131,9 +133,8 @@ class Controller:
     def _spec(self) -> WorkerSpec:
         run = self._a.run
         return WorkerSpec(
-            model=run.model,
+            phase=phase_at(self._phases, self._a.first_step),
             layout=run.layout,
-            train=run.train,
             placement=contiguous_placement(run.model, run.layout.experts),
             data_path=str(Path(run.data.path).absolute()) if self._a.trains else None,
             tokenizer_path=str(self._a.folder.tokenizer),
@@ -169,7 +170,7 @@ class Controller:
             model_name=run.name,
             tokenizer=load_tokenizer(tokenizer_folder),
             owners=owners(run.layout.replicas, run.layout.experts, schedule.num_directions),
-            limits=run.serve.limits(run.model.max_position_embeddings),
+            limits=self._limits(),
             config=run.serve,
             workers=self._gang.workers,
         )
@@ -179,6 +180,10 @@ class Controller:
         if host in ("0.0.0.0", "[::]"):
             host = ray.util.get_node_ip_address()
         self._target = f"{host}:{port}"
+
+    def _limits(self) -> Limits:
+        """What serves is the model of the last phase."""
+        return self._a.run.serve.limits(self._phases[-1].model.max_position_embeddings)
 
     def _train(self, gang: Gang) -> float:
         folder = self._a.folder
@@ -205,8 +210,7 @@ class Controller:
         before = [info.pid for info in gang.infos]
         self._enter(RunState.SWITCHING)
         started = time.time()
-        limits = self._a.run.serve.limits(self._a.run.model.max_position_embeddings)
-        gang.call("start_serving", limits)
+        gang.call("start_serving", self._limits())
         digest = combined_digest(gang.call("digest"))
         step = self._a.first_step if self._training is None else self._training.steps_done
         ray.get(self._engine.serve.remote(step, digest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,25 @@ from ray.util.placement_group import remove_placement_group
 
 from dualray.actors.cluster import NAMESPACE, Connection, connect
 from dualray.actors.placement import reserve
+from dualray.actors.stage_worker import phase_loader
 from dualray.checkpoint.reader import Reader, expect
 from dualray.checkpoint.store import find
 from dualray.data.dataset import TokenDataset
-from dualray.data.loader import Loader
 from dualray.errors import ConfigError, RunError
+from dualray.model.config import ModelConfig
 from dualray.model.count import count_parameters
+from dualray.parallel.phases import Phase, phase_behind
 from dualray.platform.console import Console, RunSummary
 from dualray.platform.controller import ON_HEAD_NODE, Assignment, Controller
 from dualray.platform.folder import RunFolder
 from dualray.platform.following import Following, interrupts, named_actor
 from dualray.platform.live import LOST, look
 from dualray.platform.readable import count
-from dualray.platform.run_file import RunFile, parse_run_file, to_mapping
+from dualray.platform.run_file import RunFile, parse_run_file
 from dualray.platform.states import RunState
 
 _ANSWER_WITHIN_S = 30.0
+_POSITIONS = ("rope_scaling", "max_position_embeddings")
 
 
 def plan_training(run: RunFile, *, resume: bool, console: Console) -> Assignment:
@@ -35,16 +39,19 @@ def plan_training(run: RunFile, *, resume: bool, console: Console) -> Assignment
     Raises DualrayError; nothing has been written then.
     """
     folder = RunFolder.named(run.name)
+    phases = run.phases()
     if run.serve.after_training:
-        run.serve.limits(run.model.max_position_embeddings)
+        run.serve.limits(phases[-1].model.max_position_embeddings)
     dataset = TokenDataset.open(run.data.path, verify=False)
-    loader = _checked_loader(run, dataset)
+    _refuse_little_data(run, dataset)
     if resume:
         found = find(folder.path)
         _say(found.messages, console)
-        reader = _matching(found.path, run, dataset)
-        loader.require(reader.meta["loader"])
-        _refuse_other_steps(reader, run)
+        reader = _reader(found.path)
+        phase = phase_behind(phases, reader.meta["step"])
+        expect(reader, asdict(phase.model), dataset.tokenizer_sha256, dataset.data_sha256)
+        phase_loader(dataset, phase, seed=run.seed).require(reader.meta["loader"])
+        _refuse_other_steps(reader, run, phase)
         return Assignment(
             run=run,
             folder=folder,
@@ -58,8 +65,9 @@ def plan_training(run: RunFile, *, resume: bool, console: Console) -> Assignment
     if run.train.init_from is not None:
         found = find(Path(run.train.init_from))
         _say(found.messages, console)
-        _matching(found.path, run, dataset, same_data=False)
-        start = None if found.path is None else found.path.absolute()
+        reader = _reader(found.path)
+        expect(reader, _with_positions_of(reader, run.model, console), dataset.tokenizer_sha256)
+        start = reader.folder.absolute()
     return Assignment(run=run, folder=folder, trains=True, restore_from=start)
 
 
@@ -74,6 +82,8 @@ def plan_serving(checkpoint: Path, overrides: list[str], *, console: Console) ->
     meta = Reader(found.path).meta
     stored = meta["run"] | {"name": f"{meta['run']['name']}-serve"}
     run = parse_run_file(stored, ["serve.after_training=true", *overrides])
+    phase = phase_behind(run.phases(), meta["step"])
+    run = replace(run, model=phase.model, train=phase.train, extend=None)
     return Assignment(
         run=run,
         folder=RunFolder.named(run.name),
@@ -88,19 +98,27 @@ def _say(messages: Any, console: Console) -> None:
         console.warn(message)
 
 
-def _matching(
-    path: Path | None, run: RunFile, dataset: TokenDataset, *, same_data: bool = True
-) -> Reader:
+def _reader(path: Path | None) -> Reader:
     assert path is not None, "find raises when there is none"
-    reader = Reader(path)
-    model = to_mapping(run)["model"]
-    expect(reader, model, dataset.tokenizer_sha256, dataset.data_sha256 if same_data else None)
-    return reader
+    return Reader(path)
 
 
-def _refuse_other_steps(reader: Reader, run: RunFile) -> None:
+def _with_positions_of(reader: Reader, model: ModelConfig, console: Console) -> dict[str, Any]:
+    """The model as a dict, with the checkpoint's context: weights do not depend on it."""
+    values, theirs = asdict(model), reader.meta["model"]
+    for field in _POSITIONS:
+        if field in theirs and theirs[field] != values[field]:
+            console.note(
+                f"model.{field} is {values[field]} here and {theirs[field]} in {reader.folder}, "
+                "whose weights go on with the one here"
+            )
+            values[field] = theirs[field]
+    return values
+
+
+def _refuse_other_steps(reader: Reader, run: RunFile, phase: Phase) -> None:
     """A resumed run's steps must go on where the old ones ended, with the same arithmetic."""
-    steps, train = reader.meta["global_sequences"], run.train
+    steps, train = reader.meta["global_sequences"], phase.train
     if steps != train.global_sequences(run.layout):
         raise ConfigError(
             f"a step has {train.global_sequences(run.layout)} sequences (layout.replicas x "
@@ -116,27 +134,23 @@ def _refuse_other_steps(reader: Reader, run: RunFile) -> None:
         )
 
 
-def _checked_loader(run: RunFile, dataset: TokenDataset) -> Loader:
+def _refuse_little_data(run: RunFile, dataset: TokenDataset) -> None:
     if dataset.vocab_size > run.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {run.model.vocab_size} and the tokenizer of {run.data.path} "
             f"has {dataset.vocab_size} ids",
             hint=f"set model.vocab_size to {dataset.vocab_size} or more",
         )
-    loader = Loader(
-        dataset,
-        seed=run.seed,
-        seq_len=run.train.seq_len,
-        depths=run.model.num_nextn_predict_layers,
-    )
-    loader.batch(0, run.train.global_sequences(run.layout))
-    return loader
+    for phase in run.phases():
+        loader = phase_loader(dataset, phase, seed=run.seed)
+        loader.batch(phase.first_step, phase.train.global_sequences(run.layout))
 
 
 def summary_of(assignment: Assignment) -> RunSummary:
     """What the console says before the first step."""
     run = assignment.run
     counted = count_parameters(run.model)
+    phases = run.phases()
     layout = run.layout
     corpus = run.data.path
     if assignment.trains:
@@ -149,7 +163,13 @@ def summary_of(assignment: Assignment) -> RunSummary:
         layout=f"{layout.replicas} x {layout.pipeline} pipeline x {layout.experts} expert ranks, "
         f"{layout.schedule}",
         corpus=corpus,
-        num_steps=run.train.steps if assignment.trains else 0,
+        num_steps=phases[-1].end_step if assignment.trains else 0,
+        phases=", then ".join(
+            f"{phase.train.steps} steps at {phase.train.seq_len} tokens" for phase in phases
+        )
+        + f" (YaRN up to {phases[-1].model.max_position_embeddings})"
+        if assignment.trains and run.extend is not None
+        else "",
         first_step=assignment.first_step + 1,
         folder=str(assignment.folder.path),
     )

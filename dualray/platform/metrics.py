@@ -1,9 +1,9 @@
 """`metrics.jsonl`: what a run says about itself, one JSON object a line.
 
 A line is either one optimizer step (`StepMetrics`) or an event, marked by its `event` key
-(`Yardsticks`, `CheckpointSaved`, `Switch`). The file only ever grows by whole lines, each
-written with one system call, so that killing the process leaves at most one torn line at
-the end: readers skip it, and a resumed run cuts it off before it appends.
+(`PhaseEntered`, `CheckpointSaved`, `Switch`, `Yardsticks`). The file only ever grows by whole
+lines, each written with one system call, so that killing the process leaves at most one torn
+line at the end: readers skip it, and a resumed run cuts it off before it appends.
 
 JSON has no NaN; a loss that is not finite is written as null and read back as NaN.
 """
@@ -30,6 +30,8 @@ class StepMetrics:
     """Optimizer steps done, counted from 1."""
     tokens: int
     """Tokens trained on since the start of the run, cumulative."""
+    seq_len: int | None = None
+    """Tokens per sequence of the step; None in files from before runs had phases."""
     loss: float
     """Main cross-entropy, nats per token."""
     mtp_loss: Sequence[float] = ()
@@ -71,6 +73,22 @@ class Yardsticks:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseEntered:
+    """The run went on with other sequences and another learning rate."""
+
+    event: ClassVar[str] = "phase"
+
+    step: int
+    """First optimizer step of the phase, counted from 1."""
+    seq_len: int
+    """Tokens per sequence from here on."""
+    context: int
+    """Longest sequence in tokens that the model takes from here on."""
+    lr: float
+    """Peak learning rate of the phase."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSaved:
     """A checkpoint was committed."""
 
@@ -96,8 +114,8 @@ class Switch:
     """Process ids of the workers in serving, by rank."""
 
 
-Line = StepMetrics | Yardsticks | CheckpointSaved | Switch
-_EVENTS = {cls.event: cls for cls in (Yardsticks, CheckpointSaved, Switch)}
+Line = StepMetrics | Yardsticks | PhaseEntered | CheckpointSaved | Switch
+_EVENTS = {cls.event: cls for cls in (Yardsticks, PhaseEntered, CheckpointSaved, Switch)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +123,7 @@ class RunMetrics:
     """Everything that a metrics file says; of repeated events the last one counts."""
 
     steps: tuple[StepMetrics, ...] = ()
+    phases: tuple[PhaseEntered, ...] = ()
     checkpoints: tuple[CheckpointSaved, ...] = ()
     yardsticks: Yardsticks | None = None
     switch: Switch | None = None
@@ -179,6 +198,7 @@ def read_metrics(path: Path) -> RunMetrics:
     a run that has not made a step yet.
     """
     steps: list[StepMetrics] = []
+    phases: list[PhaseEntered] = []
     checkpoints: list[CheckpointSaved] = []
     yardsticks: Yardsticks | None = None
     switch: Switch | None = None
@@ -190,12 +210,18 @@ def read_metrics(path: Path) -> RunMetrics:
             steps.append(line)
         elif isinstance(line, CheckpointSaved):
             checkpoints.append(line)
+        elif isinstance(line, PhaseEntered):
+            phases.append(line)
         elif isinstance(line, Yardsticks):
             yardsticks = line
         elif isinstance(line, Switch):
             switch = line
     return RunMetrics(
-        steps=tuple(steps), checkpoints=tuple(checkpoints), yardsticks=yardsticks, switch=switch
+        steps=tuple(steps),
+        phases=tuple(phases),
+        checkpoints=tuple(checkpoints),
+        yardsticks=yardsticks,
+        switch=switch,
     )
 
 

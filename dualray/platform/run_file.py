@@ -11,7 +11,6 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -26,8 +25,10 @@ from dualray.k8s.config import KubernetesConfig
 from dualray.model.config import ModelConfig
 from dualray.parallel.held import split_layers
 from dualray.parallel.layout import Layout
+from dualray.parallel.phases import ExtendConfig, Phase, plan_phases
 from dualray.parallel.placement import contiguous_placement
 from dualray.parallel.train_config import TrainConfig
+from dualray.platform.preset import load_preset
 from dualray.schedule.make import make_schedule
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -45,6 +46,8 @@ class RunFile:
     """Token shards."""
     train: TrainConfig
     """Steps, batches, optimizer."""
+    extend: ExtendConfig | None = None
+    """Further phases at longer contexts."""
     layout: Layout = field(default_factory=Layout)
     """Workers and the schedule that drives them."""
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -69,6 +72,12 @@ class RunFile:
                 f"{self.model.max_position_embeddings}",
                 hint="shorten the sequences or raise model.max_position_embeddings",
             )
+        if not self.train.steps and (self.extend is None or self.train.init_from is None):
+            raise ConfigError(
+                "train.steps is 0 and must be at least 1, unless section extend continues "
+                "train.init_from",
+                hint="set train.steps to 1 or more",
+            )
         schedule = make_schedule(
             self.layout.schedule, self.layout.pipeline, self.train.micro_batches
         )
@@ -79,6 +88,11 @@ class RunFile:
                 "train.optimizer is zero1 and train.dtype is float64, but zero1 keeps fp32 masters",
                 hint="set train.optimizer to adamw",
             )
+        self.phases()
+
+    def phases(self) -> tuple[Phase, ...]:
+        """What the workers do step by step; the last phase's model is the one that serves."""
+        return plan_phases(self.model, self.train, self.layout, self.extend)
 
 
 def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunFile:
@@ -130,6 +144,7 @@ def parse_run_file(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> 
         _apply(merged, override)
         _name_preset(merged)
     _fill_in_preset(merged)
+    _fill_in_original_context(merged)
     _refuse_unknown_keys(RunFile, merged, "")
     try:
         return TypeAdapter(RunFile).validate_python(merged)
@@ -160,42 +175,50 @@ def _fill_in_preset(values: dict[str, Any]) -> None:
     model = values.get("model")
     if isinstance(model, Mapping) and "preset" in model:
         own = {key: value for key, value in model.items() if key != "preset"}
-        values["model"] = _preset(str(model["preset"])) | own
+        values["model"] = load_preset(str(model["preset"])) | own
 
 
-def _preset(name: str) -> dict[str, Any]:
-    folder = resources.files("dualray.platform") / "presets"
-    known = sorted(
-        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
-    )
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(
-            f"model is {name!r} and must be a preset ({', '.join(known)}) or a mapping",
-            hint=f"did you mean {close[0]}?" if close else "name a preset",
-        )
-    return yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+def _fill_in_original_context(values: dict[str, Any]) -> None:
+    """What is extended is the model's own context, unless section `extend` says otherwise."""
+    extend, model = values.get("extend"), values.get("model")
+    if not isinstance(extend, Mapping) or not isinstance(model, Mapping):
+        return
+    yarn, context = extend.get("rope_scaling"), model.get("max_position_embeddings")
+    if isinstance(yarn, Mapping) and context is not None:
+        filled = {"original_max_position_embeddings": context} | dict(yarn)
+        values["extend"] = dict(extend) | {"rope_scaling": filled}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override!r} is not KEY=VALUE", hint="write, say, train.steps=10")
-    *sections, last = key.split(".")
-    target = values
-    for section in sections:
-        inner = target.get(section)
-        target[section] = dict(inner) if isinstance(inner, Mapping) else {}
-        target = target[section]
     try:
-        target[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(
             f"--set {override!r} has a value that is not YAML", hint="quote it for the shell"
         ) from None
+    values |= _with(values, key.split("."), value)
+
+
+def _with(values: Any, path: Sequence[str], value: Any) -> Any:
+    """A copy of nested mappings and lists in which the place `path` holds `value`."""
+    if not path:
+        return value
+    first, *rest = path
+    if isinstance(values, list) and first.isdecimal() and int(first) < len(values):
+        at = int(first)
+        return [*values[:at], _with(values[at], rest, value), *values[at + 1 :]]
+    known = values if isinstance(values, Mapping) else {}
+    return {**known, first: _with(known.get(first), rest, value)}
 
 
 def _refuse_unknown_keys(cls: type, values: Any, prefix: str) -> None:
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        for number, value in enumerate(values):
+            _refuse_unknown_keys(cls, value, f"{prefix}{number}.")
+        return
     if not isinstance(values, Mapping):
         return
     hints = get_type_hints(cls)

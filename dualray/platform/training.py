@@ -1,23 +1,25 @@
-"""The training phase: one call per worker and step, metrics, held-out loss, checkpoints."""
+"""The training of a run: one call per worker and step, metrics, held-out loss, checkpoints."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import dualray
 from dualray.actors.gang import Gang
+from dualray.actors.stage_worker import phase_loader
 from dualray.checkpoint.store import prune
 from dualray.checkpoint.writer import begin, commit, step_dir
 from dualray.data.dataset import TokenDataset
-from dualray.data.loader import Loader
 from dualray.data.yardsticks import bits_per_byte
+from dualray.parallel.phases import phase_at, phase_behind
 from dualray.parallel.trainer import HeldOut, StepResult
 from dualray.platform.events import EventLog, Note
 from dualray.platform.folder import RunFolder
-from dualray.platform.metrics import CheckpointSaved, MetricsLog, StepMetrics
+from dualray.platform.metrics import CheckpointSaved, MetricsLog, PhaseEntered, StepMetrics
 from dualray.platform.run_file import RunFile, to_mapping
 from dualray.platform.trace import Span, write_trace
 
@@ -39,6 +41,9 @@ class Training:
         self._run, self._gang, self._folder = run, gang, folder
         self._events, self._log = events, log
         self._dataset = dataset
+        self._phases = run.phases()
+        self._phase = phase_at(self._phases, first_step)
+        """The one that the workers are in."""
         self.steps_done = first_step
         """Optimizer steps that the workers' weights have seen."""
         self.last_checkpoint: Path | None = None
@@ -46,11 +51,13 @@ class Training:
         """Seconds of the epoch when the last optimizer step had ended."""
 
     def run(self, should_stop: Callable[[], bool]) -> None:
-        """Train, evaluate and write checkpoints. The last step's state is always committed."""
+        """Train, evaluate and write checkpoints. The state after the last step, of a phase or of
+        all, is always committed."""
         train = self._run.train
-        while self.steps_done < train.steps and not should_stop():
+        while self.steps_done < self._phases[-1].end_step and not should_stop():
             step = self.steps_done + 1
-            is_last = step == train.steps
+            self._enter_phase_of(step)
+            is_last = step == self._phase.end_step
             started = time.perf_counter()
             wants_spans = is_last or _due(step, train.eval_every)
             results = self._gang.call("step", step - 1, wants_spans)
@@ -70,6 +77,25 @@ class Training:
                 self.save()
         if self.last_checkpoint is None or self.last_checkpoint.name != f"step-{self.steps_done}":
             self.save()
+
+    def _enter_phase_of(self, step: int) -> None:
+        """Tell the workers if step number `step`, counted from 1, begins another phase."""
+        phase = phase_at(self._phases, step - 1)
+        if phase is not self._phase:
+            self._gang.call("enter_phase", phase)
+            self._phase = phase
+        if phase.number > 0 and step == phase.first_step + 1:
+            train, context = phase.train, phase.model.max_position_embeddings
+            self._log.append(
+                PhaseEntered(step=step, seq_len=train.seq_len, context=context, lr=train.lr)
+            )
+            self._events.append(
+                Note(
+                    f"phase {phase.number} of {self._phases[-1].number} extends the context: "
+                    f"{train.steps} steps at {train.seq_len} tokens, "
+                    f"lr {train.lr:.2e}, YaRN up to {context}"
+                )
+            )
 
     def save(self) -> None:
         """Commit a checkpoint of the present weights and forget the oldest ones."""
@@ -92,41 +118,37 @@ class Training:
     def _meta(self) -> dict[str, Any]:
         """What a checkpoint says besides tensors. No random state: every draw is a function of
         the seed and a name or step."""
-        run = to_mapping(self._run)
-        loader = Loader(
-            self._dataset,
-            seed=self._run.seed,
-            seq_len=self._run.train.seq_len,
-            depths=self._run.model.num_nextn_predict_layers,
-        )
+        phase = phase_behind(self._phases, self.steps_done)
+        loader = phase_loader(self._dataset, phase, seed=self._run.seed)
         return {
             "step": self.steps_done,
-            "run": run,
-            "model": run["model"],
+            "run": to_mapping(self._run),
+            "model": asdict(phase.model),
             "tokenizer_sha256": self._dataset.tokenizer_sha256,
             "data_sha256": self._dataset.data_sha256,
             "loader": loader.fingerprint(),
-            "global_sequences": self._run.train.global_sequences(self._run.layout),
+            "global_sequences": phase.train.global_sequences(self._run.layout),
             "versions": {"dualray": dualray.__version__},
         }
 
     def _metrics(
         self, results: list[StepResult], step: int, elapsed_s: float, heldout: HeldOut | None
     ) -> StepMetrics:
-        run, first = self._run, results[0]
+        phase, first = self._phase, results[0]
         loads: dict[int, list[int]] = {}
         max_vio: dict[int, float] = {}
         for result in results:
             loads |= result.loads
             max_vio |= result.max_vio
-        tokens = run.train.global_sequences(run.layout) * run.train.seq_len
+        tokens = phase.tokens_per_step(self._run.layout)
         nats = None if heldout is None else heldout.loss_sum / max(heldout.targets, 1)
         bits = None
         if heldout is not None:
             bits = bits_per_byte(heldout.loss_sum, heldout.targets * self._bytes_per_target)
         return StepMetrics(
             step=step,
-            tokens=step * tokens,
+            tokens=phase.tokens_before + (step - phase.first_step) * tokens,
+            seq_len=phase.train.seq_len,
             loss=first.loss,
             mtp_loss=first.mtp_loss,
             balance_loss=first.balance_loss,

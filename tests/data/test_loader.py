@@ -152,11 +152,23 @@ def test_fingerprint_is_small_and_names_the_first_difference(dataset):
     with pytest.raises(DataError) as caught:
         Loader(dataset, seed=3, seq_len=128, depths=2).require(saved)
     assert str(caught.value) == (
-        "seq_len is 128 and the checkpoint was trained with 64; resume with the same data, seed "
-        "and sequence length, or start a new run with train.init_from."
+        "seq_len is 128 and the checkpoint was trained with 64; resume with the same data, seed, "
+        "sequence length and phases before, or start a new run with train.init_from."
     )
     with pytest.raises(DataError, match=r"^data_sha256 is \w{12} and the checkpoint was trained"):
         loader.require(saved | {"data_sha256": "0" * 64})
+
+
+def test_a_phase_goes_on_in_the_corpus(dataset):
+    whole = Loader(dataset, seed=3, seq_len=16, depths=1)
+    later = Loader(dataset, seed=3, seq_len=16, depths=1, first_step=5, first_sample=7)
+    assert (later.batch(5, 4).sample_ids == whole.samples(7, 4).sample_ids).all()
+    assert (later.batch(6, 4).sample_ids == whole.samples(11, 4).sample_ids).all()
+    assert (later.batch(1, 4, "heldout").sample_ids == [4, 5, 6, 7]).all()
+    with pytest.raises(DataError, match="first_step is 5 and the checkpoint was trained with 0;"):
+        later.require(whole.fingerprint())
+    old = {k: v for k, v in whole.fingerprint().items() if not k.startswith("first_")}
+    whole.require(old)
 
 
 def test_bad_arguments(dataset):

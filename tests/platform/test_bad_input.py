@@ -211,8 +211,8 @@ def test_a_run_is_not_started_over(here, corpora, refused) -> None:
         ),
         (
             "seed=1",
-            "seed is 1 and the checkpoint was trained with 0; resume with the same data, seed and "
-            "sequence length, or start a new run with train.init_from.",
+            "seed is 1 and the checkpoint was trained with 0; resume with the same data, seed, "
+            "sequence length and phases before, or start a new run with train.init_from.",
         ),
         (
             "layout.experts=1",

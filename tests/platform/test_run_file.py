@@ -175,8 +175,8 @@ def test_unknown_key_in_a_section_of_a_section() -> None:
 
 def test_unknown_key_with_nothing_near() -> None:
     assert refusal(mapping(zzz=1)) == (
-        "zzz is not a field of the run file; the run file has name, model, data, train, layout, "
-        "serve, cluster, kubernetes, seed."
+        "zzz is not a field of the run file; the run file has name, model, data, train, extend, "
+        "layout, serve, cluster, kubernetes, seed."
     )
 
 
@@ -222,10 +222,12 @@ def test_values_of_a_wrong_type(override: str, sentence: str) -> None:
 
 def test_an_unknown_preset() -> None:
     assert refusal(mapping(model="tini")) == (
-        "model is 'tini' and must be a preset (demo, tiny) or a mapping; did you mean tiny?"
+        "model is 'tini' and must be a preset (deepseek-v2-lite, deepseek-v3, demo, "
+        "moonlight, tiny) or a mapping; did you mean tiny?"
     )
     assert refusal(mapping(model={"preset": "vast"})) == (
-        "model is 'vast' and must be a preset (demo, tiny) or a mapping; name a preset."
+        "model is 'vast' and must be a preset (deepseek-v2-lite, deepseek-v3, demo, "
+        "moonlight, tiny) or a mapping; name a preset."
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from dualray.platform.metrics import CheckpointSaved, StepMetrics, Yardsticks
+from dualray.platform.metrics import CheckpointSaved, PhaseEntered, StepMetrics, Yardsticks
 from dualray.platform.readable import count
 from dualray.platform.report.style import (
     BLUE,
@@ -28,7 +28,10 @@ from dualray.platform.report.style import (
 _DEPTH_COLORS = (PURPLE, ORANGE, GREY)
 
 
-def loss_figure(steps: Sequence[StepMetrics]) -> str:
+Phases = Sequence[PhaseEntered]
+
+
+def loss_figure(steps: Sequence[StepMetrics], phases: Phases = ()) -> str:
     """Training, multi-token-prediction and held-out loss in nats per token."""
     xs = [step.step for step in steps]
     with canvas(3.6) as figure:
@@ -45,6 +48,7 @@ def loss_figure(steps: Sequence[StepMetrics]) -> str:
             )
         axes.set_ylabel("nats per token")
         step_axis(axes, xs)
+        _mark_phases(axes, phases, named=True)
         # Drawn last to lie on top, but named first.
         handles, labels = axes.get_legend_handles_labels()
         order = sorted(range(len(labels)), key=lambda index: labels[index].startswith("multi"))
@@ -52,7 +56,9 @@ def loss_figure(steps: Sequence[StepMetrics]) -> str:
         return to_svg(figure, "loss", "Loss over the steps")
 
 
-def bits_per_byte_figure(steps: Sequence[StepMetrics], yardsticks: Yardsticks | None) -> str:
+def bits_per_byte_figure(
+    steps: Sequence[StepMetrics], yardsticks: Yardsticks | None, phases: Phases = ()
+) -> str:
     """Held-out bits per byte against what compressors and n-gram models reach."""
     points = heldout_points(steps)
     with canvas(3.6) as figure:
@@ -76,6 +82,7 @@ def bits_per_byte_figure(steps: Sequence[StepMetrics], yardsticks: Yardsticks | 
         room = 0.10 * (high - low) or 0.1
         axes.set_ylim(low - 1.6 * room, high + room)
         step_axis(axes, [step.step for step in steps])
+        _mark_phases(axes, phases)
         heights = _apart(list(lines.values()), 0.055 * (high - low + 2.6 * room))
         for (title, value), height in zip(lines.items(), heights):
             axes.axhline(value, color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)))
@@ -99,7 +106,7 @@ def heldout_points(steps: Sequence[StepMetrics]) -> list[tuple[int, float]]:
     return [(at, value) for at, value in evaluated if value is not None and np.isfinite(value)]
 
 
-def optimizer_figure(steps: Sequence[StepMetrics]) -> str:
+def optimizer_figure(steps: Sequence[StepMetrics], phases: Phases = ()) -> str:
     """Learning rate and gradient norm."""
     xs = [step.step for step in steps]
     with canvas(2.7) as figure:
@@ -113,10 +120,13 @@ def optimizer_figure(steps: Sequence[StepMetrics]) -> str:
         _clip_spikes(right, [step.grad_norm for step in steps])
         for axes in (left, right):
             step_axis(axes, xs)
+            _mark_phases(axes, phases)
         return to_svg(figure, "optimizer", "Learning rate and gradient norm over the steps")
 
 
-def speed_figure(steps: Sequence[StepMetrics], checkpoints: Sequence[CheckpointSaved]) -> str:
+def speed_figure(
+    steps: Sequence[StepMetrics], checkpoints: Sequence[CheckpointSaved], phases: Phases = ()
+) -> str:
     """Throughput and measured bubble; ticks at the bottom mark checkpoints."""
     xs = [step.step for step in steps]
     with canvas(2.7) as figure:
@@ -131,12 +141,29 @@ def speed_figure(steps: Sequence[StepMetrics], checkpoints: Sequence[CheckpointS
         right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         for axes in (left, right):
             step_axis(axes, xs)
+            _mark_phases(axes, phases)
         if checkpoints:
             marks = [saved.step for saved in checkpoints]
             transform = left.get_xaxis_transform()
             heights = [0.02] * len(marks)
             left.plot(marks, heights, "^", color=INK, transform=transform, clip_on=False)
         return to_svg(figure, "speed", "Throughput and pipeline bubble over the steps")
+
+
+def _mark_phases(axes: Axes, phases: Phases, *, named: bool = False) -> None:
+    """A line where a phase begins; its sequence length beside it if asked for."""
+    for phase in phases:
+        # Between the last step before it and its first.
+        axes.axvline(phase.step - 0.5, color=MUTED, linewidth=1, linestyle=(0, (1, 3)))
+        if named:
+            axes.annotate(
+                f"{phase.seq_len} tokens",
+                (phase.step - 0.5, 0.02),
+                xycoords=("data", "axes fraction"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                color=MUTED,
+            )
 
 
 def _noisy(axes: Axes, xs: Sequence[int], ys: Sequence[float], color: str, label: str) -> None:

@@ -29,15 +29,23 @@ def facts(run: RunRecord) -> str:
         rows.append(("Corpus", str(corpus)))
     steps = run.metrics.steps
     if steps:
-        planned = run.section("train").get("steps")
+        planned = _planned_steps(run)
         done = f"{steps[-1].step:,}"
-        if isinstance(planned, int) and planned > steps[-1].step:
+        if planned > steps[-1].step:
             done += f" of {planned:,}"
         rows.append(("Steps", f"{done} ({count(steps[-1].tokens)} tokens)"))
         rows.append(("Duration", _duration(run.metrics)))
     if run.state.get("state"):
         rows.append(("State", str(run.state["state"])))
     return "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in rows)
+
+
+def _planned_steps(run: RunRecord) -> int:
+    """Of section `train` and of the phases behind it; 0 if the run file does not say."""
+    phases = run.section("extend").get("phases")
+    sections = [run.section("train"), *(phases if isinstance(phases, list) else [])]
+    steps = [section.get("steps") for section in sections if isinstance(section, dict)]
+    return sum(number for number in steps if isinstance(number, int))
 
 
 def _model(run: RunRecord) -> str:

@@ -74,7 +74,7 @@ def _sections(run: RunRecord) -> Iterator[str]:
         yield _section(
             "Optimizer",
             _figure(
-                curves.optimizer_figure(steps),
+                curves.optimizer_figure(steps, metrics.phases),
                 "The learning rate that each step used, and the global norm of the gradients "
                 "before clipping: spikes there are steps on which training was close to unstable.",
             ),
@@ -99,7 +99,9 @@ def _learning(metrics: RunMetrics) -> str:
             " Each multi-token-prediction depth guesses one token further ahead, from one token"
             " more and through one layer more, so its loss may lie on either side."
         )
-    body = _figure(curves.loss_figure(steps), caption)
+    if metrics.phases:
+        caption += " Dotted lines mark where training went on with longer sequences."
+    body = _figure(curves.loss_figure(steps, metrics.phases), caption)
     if curves.heldout_points(steps):
         caption = "How many bits the model needs for a byte of text that it never trained on."
         if metrics.yardsticks is not None:
@@ -107,7 +109,8 @@ def _learning(metrics: RunMetrics) -> str:
                 " The dashed lines are what two compressors, and unigram and bigram models over"
                 " the same tokens, need for the same text: below a line is better than it."
             )
-        body += _figure(curves.bits_per_byte_figure(steps, metrics.yardsticks), caption)
+        figure = curves.bits_per_byte_figure(steps, metrics.yardsticks, metrics.phases)
+        body += _figure(figure, caption)
     return _section("Learning", body)
 
 
@@ -160,7 +163,8 @@ def _speed(run: RunRecord) -> str:
     )
     if metrics.checkpoints:
         caption += " Triangles mark checkpoints."
-    body = _figure(curves.speed_figure(metrics.steps, metrics.checkpoints), caption)
+    figure = curves.speed_figure(metrics.steps, metrics.checkpoints, metrics.phases)
+    body = _figure(figure, caption)
     return _section("Speed and checkpoints", body + _checkpoints(run))
 
 
