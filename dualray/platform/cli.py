@@ -18,6 +18,7 @@ from dualray.platform.commands import (
     generate,
     k8s,
     live,
+    plan,
     report,
     schedule,
     submit,
@@ -38,6 +39,7 @@ app.command("status")(live.status)
 app.command("stop")(live.stop)
 app.command("submit")(submit.submit)
 app.command("logs")(submit.logs)
+app.command("plan")(plan.plan)
 app.command("schedule")(schedule.schedule_command)
 app.command("report")(report.report)
 app.add_typer(data.app, name="data")

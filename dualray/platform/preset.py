@@ -7,8 +7,10 @@ from importlib import resources
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from dualray.errors import ConfigError
+from dualray.model.config import ModelConfig
 
 _FOLDER = resources.files("dualray.platform") / "presets"
 
@@ -33,3 +35,8 @@ def load_preset(name: str) -> dict[str, Any]:
             hint=f"did you mean {close}?" if close else "name a preset",
         )
     return yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def load_model(name: str) -> ModelConfig:
+    """A preset's architecture. Raises ConfigError for a name that is none."""
+    return TypeAdapter(ModelConfig).validate_python(load_preset(name))

@@ -36,6 +36,7 @@ SURFACE: dict[str, list[str]] = {
     ],
     "k8s render": ["RUN.yaml", "--kind", "--set"],
     "logs": ["JOB", "--address", "--follow", "--no-follow"],
+    "plan": ["MODEL_OR_RUN", "--json"],
     "report": ["RUN_DIR", "--out"],
     "schedule": ["KIND", "--chunks", "--costs", "--json", "--ranks"],
     "serve": ["CHECKPOINT", "--address", "--set"],
