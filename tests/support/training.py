@@ -54,7 +54,13 @@ def tokens_for(model: ModelConfig, train: TrainConfig) -> SkewedTokens:
 
 
 def make_trainer(
-    rank: int, model: ModelConfig, layout: Layout, train: TrainConfig, port: int
+    rank: int,
+    model: ModelConfig,
+    layout: Layout,
+    train: TrainConfig,
+    port: int,
+    *,
+    first_step: int = 0,
 ) -> Trainer:
     return Trainer(
         model=model,
@@ -65,4 +71,5 @@ def make_trainer(
         rendezvous=Rendezvous(host="127.0.0.1", port=port, timeout_s=60),
         seed=5,
         device=torch.device("cpu"),
+        first_step=first_step,
     )
