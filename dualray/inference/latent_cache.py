@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dualray.inference.block_pool import blocks_for
@@ -47,46 +48,71 @@ class LatentCache:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptPart:
-    """Rows [start, stop) are consecutive tokens of one sequence, its cache included up to them."""
+class Part:
+    """Rows [start, stop) are consecutive tokens of one sequence, from `first_position` on.
+
+    `blocks` picks what is cached of it up to its last new token: a slice where the blocks are
+    neighbours, which is read in place, else their numbers.
+    """
 
     start: int
     stop: int
     first_position: int
-    blocks_B: Tensor
+    blocks: slice | Tensor
+
+    @property
+    def length(self) -> int:
+        """Positions S of the sequence, the new ones included."""
+        return self.first_position + self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleRows:
+    """Sequences with one new token each, to be attended in one call, padded to the longest.
+
+    `lengths_n` counts positions including the new one; `tables_nB` is padded with block 0.
+    """
+
+    rows_n: Tensor
+    tables_nB: Tensor
+    lengths_n: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class PagedBatch:
-    """Where each of a step's T rows reads and writes the cache.
-
-    Sequences with a single row are attended together, padded to the longest; `lengths_n`
-    counts their positions including the new one, `tables_nB` is padded with block 0.
-    """
+    """Where each of a step's T rows reads and writes the cache."""
 
     positions_T: Tensor
     slots_T: Tensor
     seq_lens: tuple[int, ...]
-    single_rows_n: Tensor
-    tables_nB: Tensor
-    lengths_n: Tensor
-    prompt_parts: tuple[PromptPart, ...]
+    together: SingleRows | None
+    parts: tuple[Part, ...]
     unsort_T: Tensor | None
-    """Puts (single rows, prompt parts) into the order of the rows; None if that it is."""
+    """Puts (single rows, parts) into the order of the rows; None if that it is."""
 
     def in_row_order(self, outs: Sequence[Tensor]) -> Tensor:
-        """The single rows' results, then each prompt part's, as one tensor of T rows."""
+        """The single rows' results, then each part's, as one tensor of T rows."""
         joined = outs[0] if len(outs) == 1 else torch.cat(list(outs))
         return joined if self.unsort_T is None else joined[self.unsort_T]
 
     @classmethod
     def build(
-        cls, sequences: Sequence[SequencePlan], block_size: int, device: torch.device
+        cls,
+        sequences: Sequence[SequencePlan],
+        block_size: int,
+        device: torch.device,
+        *,
+        together: bool | None = None,
     ) -> PagedBatch:
+        """`together` attends single rows in one call: by default where starting a kernel costs
+        more than copying the cache, which is on no CPU."""
+        if together is None:
+            together = device.type != "cpu"
         positions: list[int] = []
         slots: list[int] = []
-        single: list[tuple[int, SequencePlan]] = []
-        parts: list[PromptPart] = []
+        single: list[Part] = []
+        tables: list[tuple[int, ...]] = []
+        parts: list[Part] = []
         for sequence in sequences:
             start = len(positions)
             first, last = sequence.first_position, sequence.first_position + len(sequence.ids)
@@ -95,44 +121,51 @@ class PagedBatch:
                 sequence.block_table[at // block_size] * block_size + at % block_size
                 for at in range(first, last)
             ]
-            if len(sequence.ids) == 1:
-                single.append((start, sequence))
-                continue
-            used = sequence.block_table[: blocks_for(last, block_size)]
-            parts.append(
-                PromptPart(
-                    start=start,
-                    stop=len(positions),
-                    first_position=first,
-                    blocks_B=torch.tensor(used, device=device),
-                )
+            table = sequence.block_table[: blocks_for(last, block_size)]
+            part = Part(
+                start=start,
+                stop=len(positions),
+                first_position=first,
+                blocks=_picked(table, device),
             )
-        lengths = [sequence.first_position + 1 for _, sequence in single]
-        width = blocks_for(max(lengths, default=0), block_size)
-        tables = [
-            (*sequence.block_table[:width], *(0,) * (width - len(sequence.block_table)))
-            for _, sequence in single
-        ]
-
-        def integers(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
-        rows = [row for row, _ in single]
-        for part in parts:
-            rows += range(part.start, part.stop)
-        in_order = rows == sorted(rows)
+            if together and part.stop == start + 1:
+                single.append(part)
+                tables.append(table)
+            else:
+                parts.append(part)
+        order = [row for part in (*single, *parts) for row in range(part.start, part.stop)]
+        unsort = None if order == sorted(order) else _integers(order, device).argsort()
         return cls(
-            positions_T=integers(positions),
-            slots_T=integers(slots),
+            positions_T=_integers(positions, device),
+            slots_T=_integers(slots, device),
             seq_lens=tuple(len(sequence.ids) for sequence in sequences),
-            single_rows_n=integers([row for row, _ in single]),
-            unsort_T=None if in_order else integers(rows).argsort(),
-            tables_nB=integers([block for table in tables for block in table]).view(
-                len(single), width
-            ),
-            lengths_n=integers(lengths),
-            prompt_parts=tuple(parts),
+            together=_single_rows(single, tables, device) if single else None,
+            parts=tuple(parts),
+            unsort_T=unsort,
         )
+
+
+def _integers(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _picked(table: tuple[int, ...], device: torch.device) -> slice | Tensor:
+    first, last = table[0], table[-1]
+    if table == tuple(range(first, last + 1)):
+        return slice(first, last + 1)
+    return _integers(list(table), device)
+
+
+def _single_rows(
+    single: Sequence[Part], tables: Sequence[tuple[int, ...]], device: torch.device
+) -> SingleRows:
+    width = max(map(len, tables))
+    padded = [block for table in tables for block in (*table, *(0,) * (width - len(table)))]
+    return SingleRows(
+        rows_n=_integers([part.start for part in single], device),
+        tables_nB=_integers(padded, device).view(-1, width),
+        lengths_n=_integers([part.length for part in single], device),
+    )
 
 
 class PagedAttention:
@@ -146,52 +179,55 @@ class PagedAttention:
         batch = self._batch
         blocks = self._cache.layers[query.layer]
         blocks.view(-1, blocks.shape[-1]).index_copy_(0, batch.slots_T, query.cache_rows())
-        q_THk = _precise(query.cache_queries()) * query.softmax_scale
-        outs = [
-            _attend_part(q_THk[part.start : part.stop], blocks, part, query)
-            for part in batch.prompt_parts
-        ]
-        if batch.single_rows_n.numel():
-            outs.insert(0, _attend_single(q_THk[batch.single_rows_n], blocks, batch, query))
+        q_THk = query.cache_queries()
+        outs = [_attend_part(q_THk, blocks, part, query) for part in batch.parts]
+        if batch.together is not None:
+            outs.insert(0, _attend_together(q_THk, blocks, batch.together, query))
         if not outs:
             width = query.cache_values(blocks[0, :1]).shape[-1]
             outs.append(blocks.new_empty(0, q_THk.shape[1], width))
         return query.cache_output(batch.in_row_order(outs))
 
 
-def _attend_single(
-    q_nHk: Tensor, blocks: Tensor, batch: PagedBatch, query: AttentionQuery
+def _attend_together(
+    q_THk: Tensor, blocks: Tensor, single: SingleRows, query: AttentionQuery
 ) -> Tensor:
     """One query row per sequence over its own cached positions: (n, H, c)."""
-    rows_nSL = blocks[batch.tables_nB].flatten(1, 2)
-    outside_nS = torch.arange(rows_nSL.shape[1], device=q_nHk.device) >= batch.lengths_n[:, None]
+    rows_nSL = blocks[single.tables_nB].flatten(1, 2)
+    outside_nS = torch.arange(rows_nSL.shape[1], device=q_THk.device) >= single.lengths_n[:, None]
     # A weight of zero does not silence a NaN that an earlier request left in a reused block.
     rows_nSL.masked_fill_(outside_nS[..., None], 0.0)
-    return _attend(q_nHk[:, None], rows_nSL, outside_nS[:, None], query).squeeze(1)
+    allowed_n11S = ~outside_nS[:, None, None]
+    return _attend(q_THk[single.rows_n, None], rows_nSL, allowed_n11S, query).squeeze(1)
 
 
-def _attend_part(q_THk: Tensor, blocks: Tensor, part: PromptPart, query: AttentionQuery) -> Tensor:
+def _attend_part(q_THk: Tensor, blocks: Tensor, part: Part, query: AttentionQuery) -> Tensor:
     """Consecutive rows of one sequence, each over what precedes it: (T, H, c)."""
-    S = part.first_position + q_THk.shape[0]
-    rows_SL = blocks[part.blocks_B].flatten(0, 1)[:S]
-    position_T = torch.arange(part.first_position, S, device=q_THk.device)
-    later_TS = torch.arange(S, device=q_THk.device) > position_T[:, None]
-    return _attend(q_THk[None], rows_SL[None], later_TS[None], query).squeeze(0)
+    q_1THk = q_THk[None, part.start : part.stop]
+    rows_1SL = blocks[part.blocks].flatten(0, 1)[None, : part.length]
+    T, S = q_1THk.shape[1], part.length
+    allowed = None
+    if T > 1:
+        position_T = torch.arange(part.first_position, S, device=q_THk.device)
+        allowed_TS = torch.arange(S, device=q_THk.device) <= position_T[:, None]
+        share = q_THk.shape[1] // query.cache_keys(rows_1SL).shape[2]
+        allowed = allowed_TS.repeat(share, 1)
+    return _attend(q_1THk, rows_1SL, allowed, query).squeeze(0)
 
 
-def _attend(q_nTHk: Tensor, rows_nSL: Tensor, outside_nTS: Tensor, query: AttentionQuery) -> Tensor:
-    """Softmax attention of T rows of each of n sequences over its S cached rows: (n, T, H, c)."""
-    keys_nGkS = _precise(query.cache_keys(rows_nSL)).permute(0, 2, 3, 1)
-    values_nGSc = query.cache_values(rows_nSL).transpose(1, 2)
-    G, T = keys_nGkS.shape[1], q_nTHk.shape[1]
+def _attend(
+    q_nTHk: Tensor, rows_nSL: Tensor, allowed: Tensor | None, query: AttentionQuery
+) -> Tensor:
+    """Softmax attention of T rows of each of n sequences over S cached rows: (n, T, H, c).
+
+    The softmax is in fp32 at least. `allowed` broadcasts to (n, G, R, S).
+    """
+    k_nGSk = query.cache_keys(rows_nSL).transpose(1, 2)
+    v_nGSc = query.cache_values(rows_nSL).transpose(1, 2)
+    G, T = k_nGSk.shape[1], q_nTHk.shape[1]
     # The H/G heads that share a key are further rows of one product.
     q_nGRk = q_nTHk.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores_nGRS = q_nGRk @ keys_nGkS
-    scores_nGRS.unflatten(2, (-1, T)).masked_fill_(outside_nTS[:, None, None], float("-inf"))
-    out_nGRc = scores_nGRS.softmax(-1).to(values_nGSc.dtype) @ values_nGSc
+    out_nGRc = F.scaled_dot_product_attention(
+        q_nGRk, k_nGSk, v_nGSc, attn_mask=allowed, scale=query.softmax_scale
+    )
     return out_nGRc.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _precise(x: Tensor) -> Tensor:
-    """fp32 at least: scores rounded to bf16 before the softmax drift from the training path."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

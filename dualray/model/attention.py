@@ -60,11 +60,13 @@ class LatentQuery:
         return rows_L.unsqueeze(-2)
 
     def cache_values(self, rows_L: Tensor) -> Tensor:
-        return rows_L[..., : self.latent_TC.shape[1]].unsqueeze(-2)
+        # With the rotary key, which the output drops: torch's flash kernel wants equal widths.
+        return rows_L.unsqueeze(-2)
 
     def cache_output(self, out_THc: Tensor) -> Tensor:
         up_HVC = self._up_projection()[:, self._nope :]
-        return torch.bmm(out_THc.transpose(0, 1), up_HVC.transpose(1, 2)).transpose(0, 1)
+        out_HTC = out_THc[..., : up_HVC.shape[-1]].transpose(0, 1)
+        return torch.bmm(out_HTC, up_HVC.transpose(1, 2)).transpose(0, 1)
 
     def _up_projection(self) -> Tensor:
         return self.kv_b.weight.view(self.q_THd.shape[1], -1, self.latent_TC.shape[1])

@@ -78,7 +78,8 @@ def grouped_queries(T, dtype):
 
 @pytest.mark.parametrize("make_queries", [latent_queries, grouped_queries])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_paged_attention_equals_expanded_attention(make_queries, dtype):
+@pytest.mark.parametrize("together", [False, True])
+def test_paged_attention_equals_expanded_attention(make_queries, dtype, together):
     """Three sequences of odd lengths, run as prompt, prompt part plus rest, and token by token."""
     torch.manual_seed(0)
     lengths = (7, 9, 5)
@@ -112,7 +113,7 @@ def test_paged_attention_equals_expanded_attention(make_queries, dtype):
                     sequences.append(sequence(str(i), [0] * count, first, tables[i]))
                     picks += range(starts[i] + first, starts[i] + first + count)
                     done[i] += count
-            batch = PagedBatch.build(sequences, BLOCK, torch.device("cpu"))
+            batch = PagedBatch.build(sequences, BLOCK, torch.device("cpu"), together=together)
             got[picks] = PagedAttention(cache, batch).attend(query(picks), ctx)
     assert tuple(done) == lengths
     torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
