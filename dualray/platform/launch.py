@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -164,15 +165,16 @@ def summary_of(assignment: Assignment) -> RunSummary:
         f"{layout.schedule}",
         corpus=corpus,
         num_steps=phases[-1].end_step if assignment.trains else 0,
-        phases=", then ".join(
-            f"{phase.train.steps} steps at {phase.train.seq_len} tokens" for phase in phases
-        )
-        + f" (YaRN up to {phases[-1].model.max_position_embeddings})"
-        if assignment.trains and run.extend is not None
-        else "",
+        phases=_in_words(phases) if assignment.trains and run.extend is not None else "",
         first_step=assignment.first_step + 1,
         folder=str(assignment.folder.path),
     )
+
+
+def _in_words(phases: Sequence[Phase]) -> str:
+    stretches = (f"{phase.train.steps} at {phase.train.seq_len} tokens" for phase in phases)
+    context = phases[-1].model.max_position_embeddings
+    return f"{', then '.join(stretches)} (YaRN up to {context})"
 
 
 def launch(assignment: Assignment, console: Console) -> None:

@@ -91,9 +91,9 @@ class Training:
             )
             self._events.append(
                 Note(
-                    f"phase {phase.number} of {self._phases[-1].number} extends the context: "
-                    f"{train.steps} steps at {train.seq_len} tokens, "
-                    f"lr {train.lr:.2e}, YaRN up to {context}"
+                    f"phase {phase.number} of {self._phases[-1].number}, steps {step} to "
+                    f"{phase.end_step}: {train.seq_len} tokens a sequence, lr {train.lr:.2e}, "
+                    f"YaRN up to {context} tokens"
                 )
             )
 

@@ -58,7 +58,16 @@ def controller_of(run: Path) -> psutil.Process:
 
 def test_train_serve_and_serve_again(tmp_path: Path) -> None:
     data = make_corpus(tmp_path / "corpus")
-    write_run_file(tmp_path / "tiny.yaml", data, train={"eval_every": 2, "checkpoint_every": 2})
+    # Two steps at the tiny preset's own context, two with YaRN: what serves is the extended model.
+    write_run_file(
+        tmp_path / "tiny.yaml",
+        data,
+        train={"steps": 2, "eval_every": 2, "checkpoint_every": 2},
+        extend={
+            "rope_scaling": {"factor": 2, "mscale_all_dim": 1.0},
+            "phases": [{"steps": 2, "seq_len": 300, "lr": 3e-3}],
+        },
+    )
     run = tmp_path / "runs" / "tiny"
     with started("train", "tiny.yaml", cwd=tmp_path) as train:
         for step in range(1, 5):
