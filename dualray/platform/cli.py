@@ -21,6 +21,7 @@ from dualray.platform.commands import (
     plan,
     report,
     schedule,
+    score,
     submit,
     train,
 )
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("serve")(train.serve)
 app.command("generate")(generate.generate_command)
+app.command("score")(score.score)
 app.command("status")(live.status)
 app.command("stop")(live.stop)
 app.command("submit")(submit.submit)

@@ -26,6 +26,8 @@ SURFACE: dict[str, list[str]] = {
     "bench training": [
         "--dtype", "--json", "--pairs", "--quick", "--record", "--threads", "--warmup",
     ],
+    "checkpoint export": ["CHECKPOINT", "--json", "--max-shard-size", "--out"],
+    "checkpoint import": ["HF_DIR", "--fp8", "--json", "--out"],
     "checkpoint list": ["RUN", "--json"],
     "checkpoint verify": ["PATH", "--json"],
     "data build": ["SRC...", "--json", "--out", "--tokenizer"],
@@ -39,6 +41,7 @@ SURFACE: dict[str, list[str]] = {
     "plan": ["MODEL_OR_RUN", "--json"],
     "report": ["RUN_DIR", "--out"],
     "schedule": ["KIND", "--chunks", "--costs", "--json", "--ranks"],
+    "score": ["CHECKPOINT", "--json", "--text", "--tokens"],
     "serve": ["CHECKPOINT", "--address", "--set"],
     "status": ["RUN", "--address", "--json"],
     "stop": ["RUN", "--address", "--timeout"],
