@@ -16,9 +16,15 @@ def file_pieces(folder: Path, prefix: str) -> Iterator[Piece]:
     """Every file directly in `folder` as a uint8 tensor named `PREFIX/FILE`."""
     for path in sorted(folder.iterdir()):
         if path.is_file():
-            # A list, since torch refuses an empty buffer.
-            content = torch.tensor(list(path.read_bytes()), dtype=torch.uint8)
-            yield Piece.whole(f"{prefix}/{path.name}", content)
+            yield file_piece(path, prefix)
+
+
+def file_piece(path: Path, prefix: str) -> Piece:
+    """One file as a uint8 tensor named `PREFIX/FILE`."""
+    content = bytearray(path.read_bytes())
+    # torch refuses an empty buffer.
+    values = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0)
+    return Piece.whole(f"{prefix}/{path.name}", values.to(torch.uint8))
 
 
 def restore_files(reader: Reader, prefix: str, folder: Path) -> None:

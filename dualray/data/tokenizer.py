@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -134,12 +134,16 @@ def load_tokenizer(spec: Path | str) -> Tokenizer:
 
 
 def _end_token(path: Path, names: dict[str, int]) -> str:
-    config = path.with_name("tokenizer_config.json")
-    if config.is_file():
-        named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        if isinstance(named, str) and named in names:
-            return named
+    """As the files beside it say; `eos_token_id` may be a list, whose first comes first."""
+    named = _json_beside(path, "tokenizer_config.json").get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    if isinstance(named, str) and named in names:
+        return named
+    number = _json_beside(path, "generation_config.json").get("eos_token_id")
+    number = number[0] if isinstance(number, list) and number else number
+    for name, token in names.items():
+        if token == number and number is not None:
+            return name
     for name in _KNOWN_ENDS:
         if name in names:
             return name
@@ -147,6 +151,11 @@ def _end_token(path: Path, names: dict[str, int]) -> str:
         f"tokenizer {path} has none of the end-of-document tokens {', '.join(_KNOWN_ENDS)}",
         hint='put a tokenizer_config.json with "eos_token" beside it',
     )
+
+
+def _json_beside(path: Path, name: str) -> dict[str, Any]:
+    file = path.with_name(name)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def parse_bpe(spec: str) -> int | None:

@@ -17,7 +17,7 @@ from dualray.actors.stage_worker import phase_loader
 from dualray.checkpoint.reader import Reader, expect
 from dualray.checkpoint.store import find
 from dualray.data.dataset import TokenDataset
-from dualray.errors import ConfigError, RunError
+from dualray.errors import CheckpointError, ConfigError, RunError
 from dualray.model.config import ModelConfig
 from dualray.model.count import count_parameters
 from dualray.parallel.phases import Phase, phase_behind
@@ -81,6 +81,12 @@ def plan_serving(checkpoint: Path, overrides: list[str], *, console: Console) ->
     _say(found.messages, console)
     assert found.path is not None, "find raises when there is none"
     meta = Reader(found.path).meta
+    if meta["tokenizer_sha256"] is None:
+        raise CheckpointError(
+            f"checkpoint {found.path} was imported without a tokenizer.json, so no text can be "
+            "served from it",
+            hint="put tokenizer.json beside the Hugging Face files and import them again",
+        )
     stored = meta["run"] | {"name": f"{meta['run']['name']}-serve"}
     run = parse_run_file(stored, ["serve.after_training=true", *overrides])
     phase = phase_behind(run.phases(), meta["step"])

@@ -1,0 +1,181 @@
+"""A checkpoint of ours becomes a Hugging Face model folder, some rows of one tensor at a time.
+
+Weights keep the dtype they are stored in. What transformers, vLLM and SGLang expect of
+`deepseek_v3` is put back: interleaved rotary rows, the MTP modules' copies of embedding and
+head, FP8 blocks with their scales.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualray.checkpoint import fp8_blocks
+from dualray.checkpoint.attached_files import restore_files
+from dualray.checkpoint.hf_files import CONFIG, INDEX, SINGLE, refuse_existing_out
+from dualray.checkpoint.hf_import import TOKEN_IDS, TOKENIZER
+from dualray.checkpoint.hf_names import copies_of_shared, expected_shapes
+from dualray.checkpoint.reader import Reader
+from dualray.checkpoint.shard import Stream, write_file, write_streams
+from dualray.checkpoint.whole_model import stored_model
+from dualray.checkpoint.writer import begin_at, fsync_dir, writing
+from dualray.model.config import ModelConfig
+from dualray.model.hugging_face import rotary_rows, to_hugging_face
+
+GENERATION_CONFIG = "generation_config.json"
+
+_CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export wrote."""
+
+    num_tensors: int
+    num_files: int
+    """Safetensors files."""
+    size_bytes: int
+    """Of the tensors."""
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    max_shard_bytes: int,
+    eos_id: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Exported:
+    """Write the weights of a checkpoint into the new folder `out`; all of it or nothing.
+
+    `eos_id` ends a text where the checkpoint came from no config.json that says so itself;
+    `progress` is told bytes written. Raises ConfigError for an attention that has no Hugging
+    Face form, CheckpointError when a tensor is missing, the disk refuses, or `out` exists.
+    """
+    refuse_existing_out(out)
+    reader = Reader(checkpoint)
+    model = stored_model(reader)
+    streams = list(_streams(reader, model, progress))
+    config = _config(reader, model, streams, eos_id)
+    temporary = begin_at(out)
+    try:
+        with writing(temporary):
+            shards = _shards(streams, max_shard_bytes)
+            for file, batch in shards.items():
+                write_streams(temporary / file, batch, {"format": "pt"})
+            size_bytes = sum(stream.nbytes for stream in streams)
+            if list(shards) != [SINGLE]:
+                files = {stream.key: file for file, batch in shards.items() for stream in batch}
+                index = {"metadata": {"total_size": size_bytes}, "weight_map": files}
+                _write_json(temporary / INDEX, index)
+            _write_json(temporary / CONFIG, config)
+            if any(name.startswith(f"{TOKENIZER}/") for name in reader.names()):
+                restore_files(reader, TOKENIZER, temporary)
+            if not (temporary / GENERATION_CONFIG).exists():
+                ids = {field: config[field] for field in TOKEN_IDS if config[field] is not None}
+                _write_json(temporary / GENERATION_CONFIG, {"_from_model_config": True, **ids})
+            fsync_dir(temporary)
+            os.rename(temporary, out)
+            fsync_dir(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Exported(num_tensors=len(streams), num_files=len(shards), size_bytes=size_bytes)
+
+
+def _config(
+    reader: Reader, model: ModelConfig, streams: list[Stream], eos_id: int | None
+) -> dict[str, Any]:
+    counts: Counter[torch.dtype] = Counter()
+    for stream in streams:
+        fp8 = stream.dtype is torch.float8_e4m3fn
+        counts[torch.bfloat16 if fp8 else stream.dtype] += stream.nbytes // stream.dtype.itemsize
+    config = to_hugging_face(model, counts.most_common(1)[0][0])
+    ids = {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": None}
+    known = reader.meta.get("hugging_face", {})
+    config |= ids | {field: known[field] for field in TOKEN_IDS if field in known}
+    if reader.meta.get("quantization_config") is not None:
+        config["quantization_config"] = reader.meta["quantization_config"]
+    return config
+
+
+def _streams(
+    reader: Reader, model: ModelConfig, progress: Callable[[int], None]
+) -> Iterator[Stream]:
+    """Everything that a folder of the model holds, checked but not read."""
+    block = (1, 1)
+    if reader.meta.get("quantization_config") is not None:
+        block = fp8_blocks.block_of(reader.meta["quantization_config"])
+
+    def stream(key: str, name: str, rows: Tensor | None) -> Stream:
+        def chunks() -> Iterator[Tensor]:
+            for chunk in _chunks(reader, name, rows):
+                yield chunk
+                progress(chunk.nbytes)
+
+        return Stream(key=key, shape=reader.shape(name), dtype=reader.dtype(name), chunks=chunks)
+
+    for name, shape in expected_shapes(model).items():
+        reader.expect_shape(name, shape)
+        ours = rotary_rows(model, name)
+        yield stream(name, name, None if ours is None else ours.argsort())
+        scales = fp8_blocks.scale_name(name)
+        if scales in reader:
+            reader.expect_shape(scales, fp8_blocks.scale_shape(shape, block))
+            yield stream(scales, scales, None)
+    copies = copies_of_shared(model)
+    present = reader.meta.get("hugging_face", {}).get("copies")
+    if present is None:  # trained here: as released, a tied head once and MTP's copies
+        present = [name for name in copies if name not in ("lm_head.weight",)]
+    for name in present:
+        yield stream(name, copies[name], None)
+
+
+def _chunks(reader: Reader, name: str, rows: Tensor | None) -> Iterator[Tensor]:
+    """Stored values in the order of `rows` (row of ours for each of theirs)."""
+    shape = reader.shape(name)
+    num_rows = shape[0]
+    width = int(torch.Size(shape[1:]).numel())
+    step = max(_CHUNK_ELEMENTS // max(width, 1), 1)
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        wanted = torch.arange(start, stop) if rows is None else rows[start:stop]
+        first, last = int(wanted.min()), int(wanted.max()) + 1
+        values = reader.read(name, first * width, (last - first) * width)
+        if rows is not None:
+            dtype = values.dtype
+            values = values.view(torch.uint8).view(last - first, -1)[wanted - first].view(dtype)
+        yield values
+
+
+def _shards(streams: list[Stream], max_shard_bytes: int) -> dict[str, list[Stream]]:
+    """Streams by file name, in order; a tensor larger than a shard has one of its own."""
+    assert max_shard_bytes > 0, "a file holds a byte at least"
+    batches: list[list[Stream]] = [[]]
+    room = max_shard_bytes
+    for stream in streams:
+        if batches[-1] and stream.nbytes > room:
+            batches.append([])
+            room = max_shard_bytes
+        batches[-1].append(stream)
+        room -= stream.nbytes
+    if len(batches) == 1:
+        return {SINGLE: batches[0]}
+    count = len(batches)
+    return {
+        f"model-{number:05d}-of-{count:05d}.safetensors": batch
+        for number, batch in enumerate(batches, start=1)
+    }
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_file(path, [(json.dumps(values, indent=2) + "\n").encode()])

@@ -1,0 +1,81 @@
+"""What an imported model lacks to be served and trained like a run of our own, and what its
+export takes from a run."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import dualray
+from dualray.checkpoint.attached_files import restore_files
+from dualray.checkpoint.hf_import import TOKENIZER
+from dualray.checkpoint.hf_plan import ImportPlan
+from dualray.checkpoint.reader import Reader
+from dualray.data.loader import DataConfig
+from dualray.data.tokenizer import load_tokenizer
+from dualray.errors import ConfigError
+from dualray.inference.serve_config import DEFAULT_CONTEXT
+from dualray.model.config import ModelConfig
+from dualray.parallel.train_config import TrainConfig
+from dualray.platform.run_file import RunFile, to_mapping
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def imported_run(plan: ImportPlan, source: Path, out: Path) -> dict[str, Any]:
+    """`run` and `versions` of the manifest: a run file with which `dualray serve` can begin.
+
+    It is named after the folder, computes in the weights' dtype and has trained nothing.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name).lstrip("._-") or "imported"
+    dtype = str(plan.dtype).removeprefix("torch.")
+    run = RunFile(
+        name=name,
+        model=plan.model,
+        data=DataConfig(path=f"weights imported from {source.absolute().name}"),
+        train=TrainConfig(
+            steps=1,
+            seq_len=min(plan.model.max_position_embeddings, DEFAULT_CONTEXT),
+            dtype="float32" if plan.dtype is torch.float16 else dtype,
+        ),
+    )
+    return {
+        "run": to_mapping(run),
+        "model": asdict(plan.model),
+        "versions": {"dualray": dualray.__version__},
+    }
+
+
+def model_section(model: ModelConfig) -> str:
+    """Section `model` of a run file as YAML, without what the defaults say anyway."""
+    values = asdict(model)
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
+    own = {key: value for key, value in values.items() if value != defaults[key]}
+    return yaml.safe_dump({"model": own}, sort_keys=False)
+
+
+def end_of_text(reader: Reader) -> int | None:
+    """The id that ends a text by the checkpoint's tokenizer; None if it has none."""
+    if not any(name.startswith(f"{TOKENIZER}/tokenizer.json") for name in reader.names()):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        restore_files(reader, TOKENIZER, Path(folder))
+        return load_tokenizer(folder).eos_id
+
+
+def shard_bytes(text: str) -> int:
+    """Bytes of `5GB`, `500MB` or a plain number. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.strip(), re.IGNORECASE)
+    size = 0 if match is None else int(float(match[1]) * _UNITS.get((match[2] or "").upper(), 1))
+    if size < 1:
+        raise ConfigError(
+            f"--max-shard-size is {text} and must be a number of bytes above 0, with KB, MB or GB",
+            hint="write --max-shard-size 5GB",
+        )
+    return size
