@@ -7,8 +7,8 @@ the output, so that all heads attend over the latent itself. That is the same su
 expanded attention of training, in another order. The other attentions cache their keys and
 values; the query says which part of a row is which (`AttentionQuery`).
 
-T tokens, H heads, G key/value heads, R rows of queries per key/value head (H/G heads times
-T), k key width, c value width, L row width, n sequences, S cached positions.
+T tokens, H heads, G key/value heads, R = H / G, k key width, c value width, L row width,
+N rows of the cache, n sequences, S cached positions of one.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class LatentCache:
 class Part:
     """Rows [start, stop) are consecutive tokens of one sequence, from `first_position` on.
 
-    `blocks` picks what is cached of it up to its last new token: a slice where the blocks are
-    neighbours, which is read in place, else their numbers.
+    `where` are the cached rows of its S positions: a slice where the blocks are neighbours,
+    which is read in place, else their numbers.
     """
 
     start: int
     stop: int
     first_position: int
-    blocks: slice | Tensor
+    where: slice | Tensor
 
     @property
     def length(self) -> int:
@@ -126,7 +126,7 @@ class PagedBatch:
                 start=start,
                 stop=len(positions),
                 first_position=first,
-                blocks=_picked(table, device),
+                where=_rows_of(table, last, block_size, device),
             )
             if together and part.stop == start + 1:
                 single.append(part)
@@ -149,11 +149,15 @@ def _integers(values: list[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def _picked(table: tuple[int, ...], device: torch.device) -> slice | Tensor:
+def _rows_of(
+    table: tuple[int, ...], length: int, size: int, device: torch.device
+) -> slice | Tensor:
+    """Cached rows of a sequence's first `length` positions."""
     first, last = table[0], table[-1]
     if table == tuple(range(first, last + 1)):
-        return slice(first, last + 1)
-    return _integers(list(table), device)
+        return slice(first * size, first * size + length)
+    rows = _integers(list(table), device)[:, None] * size + torch.arange(size, device=device)
+    return rows.flatten()[:length]
 
 
 def _single_rows(
@@ -178,56 +182,55 @@ class PagedAttention:
     def attend(self, query: AttentionQuery, ctx: ForwardContext) -> Tensor:
         batch = self._batch
         blocks = self._cache.layers[query.layer]
-        blocks.view(-1, blocks.shape[-1]).index_copy_(0, batch.slots_T, query.cache_rows())
-        q_THk = query.cache_queries()
-        outs = [_attend_part(q_THk, blocks, part, query) for part in batch.parts]
+        rows_NL = blocks.flatten(0, 1)
+        rows_NL.index_copy_(0, batch.slots_T, query.cache_rows())
+        k_1GNk = query.cache_keys(rows_NL).transpose(0, 1)[None]
+        v_1GNc = query.cache_values(rows_NL).transpose(0, 1)[None]
+        # The H/G heads that share a key are further rows of one product.
+        q_TGRk = query.cache_queries().unflatten(1, (k_1GNk.shape[1], -1))
+        outs = []
         if batch.together is not None:
-            outs.insert(0, _attend_together(q_THk, blocks, batch.together, query))
+            outs.append(_attend_together(q_TGRk, blocks, batch.together, query))
+        for part in batch.parts:
+            if isinstance(part.where, slice):
+                keys, values = k_1GNk[:, :, part.where], v_1GNc[:, :, part.where]
+            else:
+                keys, values = (t.index_select(2, part.where) for t in (k_1GNk, v_1GNc))
+            q_part = q_TGRk[part.start : part.stop]
+            outs.append(_attend_part(q_part, keys, values, part, query.softmax_scale))
         if not outs:
-            width = query.cache_values(blocks[0, :1]).shape[-1]
-            outs.append(blocks.new_empty(0, q_THk.shape[1], width))
-        return query.cache_output(batch.in_row_order(outs))
+            outs.append(q_TGRk.new_empty(*q_TGRk.shape[:3], v_1GNc.shape[-1]))
+        return query.cache_output(batch.in_row_order(outs).flatten(1, 2))
 
 
 def _attend_together(
-    q_THk: Tensor, blocks: Tensor, single: SingleRows, query: AttentionQuery
+    q_TGRk: Tensor, blocks: Tensor, single: SingleRows, query: AttentionQuery
 ) -> Tensor:
-    """One query row per sequence over its own cached positions: (n, H, c)."""
+    """One query row per sequence over its own cached positions: (n, G, R, c)."""
     rows_nSL = blocks[single.tables_nB].flatten(1, 2)
-    outside_nS = torch.arange(rows_nSL.shape[1], device=q_THk.device) >= single.lengths_n[:, None]
+    outside_nS = torch.arange(rows_nSL.shape[1], device=blocks.device) >= single.lengths_n[:, None]
     # A weight of zero does not silence a NaN that an earlier request left in a reused block.
     rows_nSL.masked_fill_(outside_nS[..., None], 0.0)
-    allowed_n11S = ~outside_nS[:, None, None]
-    return _attend(q_THk[single.rows_n, None], rows_nSL, allowed_n11S, query).squeeze(1)
-
-
-def _attend_part(q_THk: Tensor, blocks: Tensor, part: Part, query: AttentionQuery) -> Tensor:
-    """Consecutive rows of one sequence, each over what precedes it: (T, H, c)."""
-    q_1THk = q_THk[None, part.start : part.stop]
-    rows_1SL = blocks[part.blocks].flatten(0, 1)[None, : part.length]
-    T, S = q_1THk.shape[1], part.length
-    allowed = None
-    if T > 1:
-        position_T = torch.arange(part.first_position, S, device=q_THk.device)
-        allowed_TS = torch.arange(S, device=q_THk.device) <= position_T[:, None]
-        share = q_THk.shape[1] // query.cache_keys(rows_1SL).shape[2]
-        allowed = allowed_TS.repeat(share, 1)
-    return _attend(q_1THk, rows_1SL, allowed, query).squeeze(0)
-
-
-def _attend(
-    q_nTHk: Tensor, rows_nSL: Tensor, allowed: Tensor | None, query: AttentionQuery
-) -> Tensor:
-    """Softmax attention of T rows of each of n sequences over S cached rows: (n, T, H, c).
-
-    The softmax is in fp32 at least. `allowed` broadcasts to (n, G, R, S).
-    """
-    k_nGSk = query.cache_keys(rows_nSL).transpose(1, 2)
-    v_nGSc = query.cache_values(rows_nSL).transpose(1, 2)
-    G, T = k_nGSk.shape[1], q_nTHk.shape[1]
-    # The H/G heads that share a key are further rows of one product.
-    q_nGRk = q_nTHk.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    out_nGRc = F.scaled_dot_product_attention(
-        q_nGRk, k_nGSk, v_nGSc, attn_mask=allowed, scale=query.softmax_scale
+    return F.scaled_dot_product_attention(
+        q_TGRk[single.rows_n],
+        query.cache_keys(rows_nSL).transpose(1, 2),
+        query.cache_values(rows_nSL).transpose(1, 2),
+        attn_mask=~outside_nS[:, None, None],
+        scale=query.softmax_scale,
     )
-    return out_nGRc.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _attend_part(
+    q_TGRk: Tensor, k_1GSk: Tensor, v_1GSc: Tensor, part: Part, scale: float
+) -> Tensor:
+    """Consecutive rows of one sequence, each over what precedes it: (T, G, R, c)."""
+    if part.stop == part.start + 1:
+        return F.scaled_dot_product_attention(q_TGRk, k_1GSk, v_1GSc, scale=scale)
+    T, R = len(q_TGRk), q_TGRk.shape[2]
+    position_T = torch.arange(part.first_position, part.length, device=q_TGRk.device)
+    allowed_TS = torch.arange(part.length, device=q_TGRk.device) <= position_T[:, None]
+    q_1GXk = q_TGRk.permute(1, 2, 0, 3).flatten(1, 2)[None]
+    out_1GXc = F.scaled_dot_product_attention(
+        q_1GXk, k_1GSk, v_1GSc, attn_mask=allowed_TS.repeat(R, 1), scale=scale
+    )
+    return out_1GXc[0].unflatten(1, (R, T)).permute(2, 0, 1, 3)

@@ -55,7 +55,7 @@ class StageRunner:
             device=self.device,
         )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(
         self,
         sequences: Sequence[SequencePlan],

@@ -124,7 +124,9 @@ def grouped_linear(
     x: Tensor, weight: Tensor, offsets: Tensor, sink: WeightGradSink | None
 ) -> Tensor:
     """Rows x (N, K), group by group, times weight (e, M, K) transposed."""
-    if sink is None or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        return grouped_gemm.grouped_mm(x, weight, offsets)
+    if sink is None:
         return _GroupedLinear.apply(x, weight, offsets)
     return _SplitGroupedLinear.apply(x, weight, offsets, sink)
 
