@@ -151,7 +151,7 @@ class DualrayTrainer:
             WeightGrads(),
         )
 
-    def step(self, ids_BS: Tensor, labels_BS: Tensor) -> float:
+    def step(self, ids_BS: Tensor, labels_BS: Tensor, lr: float = LR) -> float:
         """One optimizer step; returns the mean loss in nats before it."""
         sequences, length = ids_BS.shape
         batch = MicroBatch(
@@ -165,7 +165,7 @@ class DualrayTrainer:
         norm = float(self._optimizer.squared_norm()) ** 0.5
         if norm > CLIP_NORM:
             self._optimizer.scale(CLIP_NORM / norm)
-        self._optimizer.step(LR)
+        self._optimizer.step(lr)
         return sums.main / ids_BS.numel()
 
 
