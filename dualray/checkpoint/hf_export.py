@@ -8,6 +8,7 @@ head, FP8 blocks with their scales.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from dualray.checkpoint import fp8_blocks
 from dualray.checkpoint.attached_files import restore_files
-from dualray.checkpoint.hf_files import CONFIG, INDEX, SINGLE, refuse_existing_out
+from dualray.checkpoint.hf_files import CONFIG, INDEX, SINGLE, refuse_existing_out, row_ranges
 from dualray.checkpoint.hf_import import TOKEN_IDS, TOKENIZER
 from dualray.checkpoint.hf_names import copies_of_shared, expected_shapes
 from dualray.checkpoint.reader import Reader
@@ -32,8 +33,6 @@ from dualray.model.config import ModelConfig
 from dualray.model.hugging_face import rotary_rows, to_hugging_face
 
 GENERATION_CONFIG = "generation_config.json"
-
-_CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +141,9 @@ def _streams(
 
 def _chunks(reader: Reader, name: str, rows: Tensor | None) -> Iterator[Tensor]:
     """Stored values in the order of `rows` (row of ours for each of theirs)."""
-    shape = reader.shape(name)
-    num_rows = shape[0]
-    width = int(torch.Size(shape[1:]).numel())
-    step = max(_CHUNK_ELEMENTS // max(width, 1), 1)
-    for start in range(0, num_rows, step):
-        stop = min(start + step, num_rows)
+    num_rows, *columns = reader.shape(name)
+    width = math.prod(columns)
+    for start, stop in row_ranges(num_rows, width):
         wanted = torch.arange(start, stop) if rows is None else rows[start:stop]
         first, last = int(wanted.min()), int(wanted.max()) + 1
         values = reader.read(name, first * width, (last - first) * width)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +44,7 @@ _TOKENIZER_PATTERNS = (
 )
 """What belongs to the text side of a model; generation_config.json names its end token."""
 
+_CHUNK_ELEMENTS = 1 << 22
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones too
 
 
@@ -190,6 +192,13 @@ def _header(path: Path) -> list[HfTensor]:
     if end != size:
         raise _damaged(path, f"has {size} bytes and its header says {end}")
     return tensors
+
+
+def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the rows that are in memory together: 4 Mi elements, or one row."""
+    step = max(_CHUNK_ELEMENTS // max(width, 1), 1)
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
 
 
 def refuse_existing_out(out: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dualray.checkpoint import fp8_blocks
 from dualray.checkpoint.attached_files import file_piece
-from dualray.checkpoint.hf_files import HfFolder, refuse_existing_out
+from dualray.checkpoint.hf_files import HfFolder, refuse_existing_out, row_ranges
 from dualray.checkpoint.hf_names import copies_of_shared
 from dualray.checkpoint.hf_plan import ImportPlan, Target
 from dualray.checkpoint.manifest import DTYPE_NAMES, DTYPES, PieceEntry, TensorEntry
@@ -39,7 +39,6 @@ from dualray.errors import CheckpointError
 TOKENIZER = "tokenizer"
 """Prefix of the attached files of the text side."""
 
-_CHUNK_ELEMENTS = 1 << 22
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of config.json that are no part of the architecture and come back at export."""
 
@@ -102,9 +101,7 @@ def _meta(source: HfFolder, plan: ImportPlan, meta: Mapping[str, Any]) -> dict[s
 def _refuse_difference(source: HfFolder, name: str, original: str) -> None:
     copy, main = source.tensors[name], source.tensors[original]
     same = (copy.shape, copy.dtype) == (main.shape, main.dtype)
-    step = max(_CHUNK_ELEMENTS // max(main.width, 1), 1)
-    for start in range(0, main.num_rows if same else 0, step):
-        stop = min(start + step, main.num_rows)
+    for start, stop in row_ranges(main.num_rows if same else 0, main.width):
         ours, theirs = (source.read(n, start, stop).view(torch.uint8) for n in (name, original))
         same = same and torch.equal(ours, theirs)
     if not same:
@@ -143,9 +140,7 @@ def _stream(
 def _chunks(source: HfFolder, plan: ImportPlan, target: Target) -> Iterator[Tensor]:
     tensor = target.source
     scales = None if target.scales is None else source.read(target.scales.name)
-    step = max(_CHUNK_ELEMENTS // max(tensor.width, 1), 1)
-    for start in range(0, tensor.num_rows, step):
-        stop = min(start + step, tensor.num_rows)
+    for start, stop in row_ranges(tensor.num_rows, tensor.width):
         rows = torch.arange(start, stop) if target.rows is None else target.rows[start:stop]
         first, last = int(rows.min()), int(rows.max()) + 1
         values = source.read(tensor.name, first, last)

@@ -32,7 +32,16 @@ def imported_run(plan: ImportPlan, source: Path, out: Path) -> dict[str, Any]:
     """`run` and `versions` of the manifest: a run file with which `dualray serve` can begin.
 
     It is named after the folder, computes in the weights' dtype and has trained nothing.
+    Raises DataError for a tokenizer that cannot be read, ConfigError for one with too many ids.
     """
+    if plan.tokenizer_sha256 is not None:
+        tokenizer = load_tokenizer(source)
+        if tokenizer.vocab_size > plan.model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer of {source} has {tokenizer.vocab_size} ids and vocab_size of its "
+                f"config.json is {plan.model.vocab_size}",
+                hint="take tokenizer.json and config.json of one model",
+            )
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name).lstrip("._-") or "imported"
     dtype = str(plan.dtype).removeprefix("torch.")
     run = RunFile(
