@@ -23,6 +23,9 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 
 SURFACE: dict[str, list[str]] = {
     "": ["--version"],
+    "bench context": [
+        "BEFORE", "AFTER", "--data", "--json", "--needles", "--record", "--windows",
+    ],
     "bench training": [
         "--dtype", "--json", "--pairs", "--quick", "--record", "--threads", "--warmup",
     ],

@@ -13,7 +13,7 @@ from dualray.model.stage import Stage
 
 
 def save_stage(
-    stage: Stage, checkpoints: Path, *, step: int = 1, tokenizer: Path | None = None
+    stage: Stage, checkpoints: Path, *, step: int = 1, tokenizer: Path | None = None, **meta: str
 ) -> Path:
     """The committed folder; `tokenizer` is a folder whose files travel along."""
     temporary = begin(checkpoints, step)
@@ -25,6 +25,6 @@ def save_stage(
         temporary,
         step_dir(checkpoints, step),
         [files],
-        {"step": step, "model": asdict(stage.config)},
+        {"step": step, "model": asdict(stage.config)} | meta,
     )
     return step_dir(checkpoints, step)

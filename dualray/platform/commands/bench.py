@@ -11,7 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dualray.platform.commands.bench_context import context
+
 app = typer.Typer(help="Side-by-side benchmarks.", no_args_is_help=True)
+app.command("context")(context)
 
 
 class Dtype(StrEnum):
