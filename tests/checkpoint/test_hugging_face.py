@@ -102,15 +102,19 @@ def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (torch.float32, {"attention_bias": True, "rope_scaling": YARN}),
         (torch.float32, {"q_lora_rank": None, "tie_word_embeddings": True}),
+        (torch.float32, {"rope_interleave": False, "rope_scaling": YARN}),
         (torch.bfloat16, {"n_shared_experts": 2, "moe_intermediate_size": 16}),
     ],
 )
 def test_the_same_logits_as_transformers_on_both_ways(
     tmp_path: Path, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
-    config = tiny_config(num_nextn_predict_layers=0, **changes)
+    only_theirs = {"num_mtp_layers": 1, "rope_interleave": changes.get("rope_interleave", True)}
+    config = tiny_config(
+        num_nextn_predict_layers=0, **{k: v for k, v in changes.items() if k not in only_theirs}
+    )
     theirs = DeepseekV3ForCausalLM(
-        DeepseekV3Config.from_dict(to_hugging_face(config, dtype) | {"num_mtp_layers": 1})
+        DeepseekV3Config.from_dict(to_hugging_face(config, dtype) | only_theirs)
     )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
