@@ -29,8 +29,11 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
-def _yarn_frequencies(freqs: Tensor, theta: float, dim: int, yarn: YarnConfig) -> Tensor:
-    """Interpolate slow frequencies, keep fast ones, ramp between (YaRN, section 3.2)."""
+def _yarn_frequencies(wavelengths: Tensor, theta: float, dim: int, yarn: YarnConfig) -> Tensor:
+    """Interpolate slow frequencies, keep fast ones, ramp between (YaRN, section 3.2).
+
+    In the order of the released code, whose very bits come out.
+    """
 
     def correction_dim(rotations: float) -> float:
         length = yarn.original_max_position_embeddings
@@ -38,9 +41,9 @@ def _yarn_frequencies(freqs: Tensor, theta: float, dim: int, yarn: YarnConfig) -
 
     low = max(math.floor(correction_dim(yarn.beta_fast)), 0)
     high = min(math.ceil(correction_dim(yarn.beta_slow)), dim - 1)
-    span = high - low if high > low else 0.001
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
-    return freqs / yarn.factor * ramp + freqs * (1 - ramp)
+    span = (high - low) or 0.001  # negative where even the fastest frequency turns too seldom
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return 1.0 / (yarn.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
 
 class Rope:
@@ -49,11 +52,12 @@ class Rope:
     def __init__(self, config: ModelConfig) -> None:
         dim = config.qk_rope_head_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-        freqs = 1.0 / (config.rope_theta**exponents)
+        wavelengths = config.rope_theta**exponents
+        freqs = 1.0 / wavelengths
         yarn = config.rope_scaling
         self.factor = 1.0
         if yarn is not None:
-            freqs = _yarn_frequencies(freqs, config.rope_theta, dim, yarn)
+            freqs = _yarn_frequencies(wavelengths, config.rope_theta, dim, yarn)
             self.factor = _mscale(yarn.mscale, yarn.factor) / _mscale(
                 yarn.mscale_all_dim, yarn.factor
             )

@@ -7,6 +7,8 @@ optimizer keeps fp32 masters and moments and sums gradients in fp32, theirs roun
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,17 +16,10 @@ from torch import Tensor
 
 from dualray.errors import ConfigError
 from dualray.model.config import ModelConfig
+from dualray.model.hugging_face import is_interleaved, rotary_rows, to_hugging_face
 from dualray.model.init import logical_tensors
 from dualray.model.stage import Stage
 from dualray.parallel.optimizer import OptimizerConfig
-
-_SAME_NAMES = (
-    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
-    "num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-    "n_routed_experts n_shared_experts num_experts_per_tok n_group topk_group "
-    "routed_scaling_factor norm_topk_prob first_k_dense_replace max_position_embeddings "
-    "rms_norm_eps tie_word_embeddings initializer_range"
-).split()
 
 
 def import_transformers() -> Any:
@@ -73,38 +68,62 @@ class HuggingFaceTrainer:
         return float(loss.detach())
 
 
-def new_model(config: ModelConfig, stage: Stage) -> Any:
-    """transformers' model in the stage's dtype and with its weights.
+def new_model(
+    config: ModelConfig,
+    stage: Stage,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    attention: str = "sdpa",
+    experts: str = "grouped_mm",
+) -> Any:
+    """transformers' model with the stage's dtype and weights.
 
-    Only plain RoPE; our rotary layout is the half-split one, which transformers has too.
+    `settings` is its config.json; by default the one that `config` is exported with, but for the
+    rotary dims, which stay half-split as ours.
     """
-    assert config.rope_scaling is None, "the benchmark's shapes use plain RoPE"
     transformers = import_transformers()
-    theirs = transformers.DeepseekV3Config(
-        **{name: getattr(config, name) for name in _SAME_NAMES},
-        num_key_value_heads=config.num_attention_heads,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        rope_interleave=False,
-    )
+    dtype = next(stage.parameters()).dtype
+    if settings is None:
+        settings = to_hugging_face(config, dtype) | {"rope_interleave": False}
     model = transformers.AutoModelForCausalLM.from_config(
-        theirs,
-        dtype=next(stage.parameters()).dtype,
-        attn_implementation="sdpa",
-        experts_implementation="grouped_mm",
+        transformers.DeepseekV3Config.from_dict(copy.deepcopy(dict(settings))),
+        dtype=dtype,
+        attn_implementation=attention,
+        experts_implementation=experts,
     )
-    copy_weights(logical_tensors(stage), model)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            # As from_pretrained has it; from_config leaves it in the dtype of the weights.
+            buffer.data = buffer.to(torch.promote_types(dtype, torch.float32))
+    tensors = model.state_dict()
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    copy_weights(stage, tensors, interleaved=is_interleaved(settings))
     return model.train()
 
 
 @torch.no_grad()
-def copy_weights(logical: dict[str, Tensor], model: Any) -> None:
-    """Fill `model` from logical tensors; transformers stacks the experts of a layer."""
-    for name, target in model.state_dict().items():
-        if ".experts." not in name:
-            target.copy_(logical[name])
-            continue
+def copy_weights(stage: Stage, tensors: Mapping[str, Tensor], *, interleaved: bool) -> None:
+    """Fill transformers' `tensors`, named as in its state dict, from the stage."""
+    ours = logical_tensors(stage)
+    for name, theirs in logical_views(tensors).items():
+        rows = rotary_rows(stage.config, name) if interleaved else None
+        theirs.copy_(ours[name] if rows is None else ours[name][rows.argsort()])
+
+
+def logical_views(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Views onto transformers' tensors under logical names: it stacks the experts of a layer.
+
+    Its shared experts of width 0, where there are none, are left out.
+    """
+    views: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
         prefix, _, kind = name.rpartition(".")
-        parts = ("gate", "up") if kind == "gate_up_proj" else ("down",)
-        for expert, slot in enumerate(target):
-            own = [logical[f"{prefix}.{expert}.{part}_proj.weight"] for part in parts]
-            slot.copy_(torch.cat(own))
+        if prefix.endswith(".experts"):
+            parts = ("gate", "up") if kind == "gate_up_proj" else ("down",)
+            for expert, stacked in enumerate(tensor):
+                for part, view in zip(parts, stacked.chunk(len(parts))):
+                    views[f"{prefix}.{expert}.{part}_proj.weight"] = view
+        elif tensor.numel():
+            views[name] = tensor
+    return views
