@@ -7,6 +7,7 @@ looped reference, which computes the same sums.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +20,15 @@ def _supported(*widths: int, like: Tensor) -> bool:
     if like.element_size() not in (2, 4):
         return False
     return all(width * like.element_size() % _ALIGNMENT_BYTES == 0 for width in widths)
+
+
+def row_multiple(like: Tensor) -> int:
+    """What the number of rows of every group should be a multiple of, to be fast.
+
+    oneDNN compiles bf16 products anew for every row count that it has not seen. Ragged groups
+    never repeat: at 16384 rows over 16 experts the same product took 8 times as long.
+    """
+    return 64 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else 1
 
 
 def grouped_mm(x_NK: Tensor, weight_eMK: Tensor, offsets_e: Tensor) -> Tensor:

@@ -13,47 +13,76 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def sort_by_key(key_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Stable order by key: (order_N, inverse_N, counts int64 per key)."""
+def sort_by_key(key_N: Tensor, num_keys: int, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Stable order by key: (order, inverse_N, rows int64 per key).
+
+    A key gets its count of rows rounded up to `multiple`; `order` names the input at each
+    row, -1 where the row is padding, and `inverse_N` the row of each input.
+    """
     order = torch.argsort(key_N, stable=True)
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return order, inverse, torch.bincount(key_N, minlength=num_keys)
+    counts = torch.bincount(key_N, minlength=num_keys)
+    row = torch.arange(order.numel(), device=order.device)
+    if multiple == 1:
+        inverse[order] = row
+        return order, inverse, counts
+    rows = (counts + multiple - 1) // multiple * multiple
+    padding = rows - counts
+    row += (padding.cumsum(0) - padding)[key_N[order]]
+    inverse[order] = row
+    padded = order.new_full((int(rows.sum()),), -1)
+    padded[row] = order
+    return padded, inverse, rows
+
+
+def _gather(x_ND: Tensor, index: Tensor, num_real: int) -> Tensor:
+    """x[index], zero where the index is -1, which it is only if longer than `num_real`."""
+    if index.numel() == num_real:
+        return x_ND.index_select(0, index)
+    if x_ND.shape[0] == 0:
+        return x_ND.new_zeros(index.numel(), x_ND.shape[1])
+    out = x_ND.index_select(0, index.clamp(min=0))
+    return out.index_fill_(0, (index < 0).nonzero().squeeze(1), 0)
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_N)
-        return x_ND.index_select(0, order_N)
+    def forward(ctx: Any, x_ND: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.num_real = min(order.numel(), inverse.numel())
+        return _gather(x_ND, order, ctx.num_real)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_N,) = ctx.saved_tensors
-        return dy_ND.index_select(0, inverse_N), None, None
+        (inverse,) = ctx.saved_tensors
+        return _gather(dy_ND, inverse, ctx.num_real), None, None
 
 
 class _Replicate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, order: Tensor, inverse_N: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_N)
-        ctx.copies = order_N.numel() // max(x_TD.shape[0], 1)
-        return x_TD.index_select(0, order_N // max(ctx.copies, 1))
+        ctx.copies = max(inverse_N.numel() // max(x_TD.shape[0], 1), 1)
+        token = order.div(ctx.copies, rounding_mode="floor")
+        return _gather(x_TD, token, inverse_N.numel())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, None, None]:
         (inverse_N,) = ctx.saved_tensors
         rows = dy_ND.index_select(0, inverse_N)
-        return rows.view(-1, max(ctx.copies, 1), dy_ND.shape[1]).sum(1), None, None
+        return rows.view(-1, ctx.copies, dy_ND.shape[1]).sum(1), None, None
 
 
-def permute(x_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-    """x[order]; differentiable. `inverse_N` is the inverse permutation."""
-    return _Permute.apply(x_ND, order_N, inverse_N)
+def permute(x_ND: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """x[order]; differentiable. Each undoes the other; one of them may be padded with -1."""
+    return _Permute.apply(x_ND, order, inverse)
 
 
-def replicate(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-    """Row order[n] // K of x for each n, K = N / T: every token once per choice, sorted."""
-    return _Replicate.apply(x_TD, order_N, inverse_N)
+def replicate(x_TD: Tensor, order: Tensor, inverse_N: Tensor) -> Tensor:
+    """Row order[n] // K of x for each n, K = N / T: every token once per choice, sorted.
+
+    Rows of padding (order -1) are zero.
+    """
+    return _Replicate.apply(x_TD, order, inverse_N)

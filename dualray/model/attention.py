@@ -16,6 +16,7 @@ from dualray.kernels.causal_attention import causal_attention
 from dualray.model.config import ModelConfig
 from dualray.model.context import AttentionQuery, ForwardContext, WeightGradSink
 from dualray.model.linear import Linear
+from dualray.model.norm import RMSNorm
 from dualray.model.rope import rotate_tail, softmax_scale
 
 _LATENT_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps says
@@ -118,9 +119,9 @@ class MultiHeadLatentAttention(nn.Module):
             # Both compress the residual stream: one GEMM.
             compressed = {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": config.cache_dim}
             self.qkv_a_proj = Linear(config.hidden_size, compressed, bias=bias)
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=_LATENT_NORM_EPS)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=_LATENT_NORM_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
-        self.kv_a_layernorm = nn.RMSNorm(config.latent_rank, eps=_LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(config.latent_rank, eps=_LATENT_NORM_EPS)
         self.kv_b_proj = Linear(
             config.latent_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)
         )

@@ -14,6 +14,7 @@ from dualray.model.attention import make_attention
 from dualray.model.config import ModelConfig
 from dualray.model.context import Dispatched, ForwardContext, Routing
 from dualray.model.moe import FeedForward, MoE
+from dualray.model.norm import RMSNorm
 
 
 @dataclass(kw_only=True)
@@ -31,9 +32,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, expert_ids: tuple[int, ...]) -> None:
         super().__init__()
         self.layer = layer
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = make_attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: MoE | FeedForward = (
             MoE(config, layer, expert_ids)
             if config.is_moe(layer)

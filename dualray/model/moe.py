@@ -9,20 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualray.kernels.grouped_gemm import row_multiple
 from dualray.kernels.permute import permute, replicate, sort_by_key
+from dualray.kernels.swiglu import swiglu
 from dualray.model.config import ModelConfig
 from dualray.model.context import Dispatched, Routing, WeightGradSink
 from dualray.model.linear import Linear, grouped_linear
 from dualray.model.router import Router
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(first half) * second half of the last dim."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 class FeedForward(nn.Module):
@@ -69,7 +64,7 @@ class MoE(nn.Module):
 
 @dataclass(kw_only=True)
 class _LocalState:
-    order_N: Tensor
+    order: Tensor
     inverse_N: Tensor
     gates_TK: Tensor
 
@@ -81,17 +76,19 @@ class LocalDispatch:
         self.num_experts = num_experts
 
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> Dispatched:
-        order, inverse, counts = sort_by_key(routing.experts_TK.flatten(), self.num_experts)
+        order, inverse, rows = sort_by_key(
+            routing.experts_TK.flatten(), self.num_experts, row_multiple(x_TD)
+        )
         return Dispatched(
             rows_ND=replicate(x_TD, order, inverse),
-            offsets=counts.cumsum(0).to(torch.int32),
-            state=_LocalState(order_N=order, inverse_N=inverse, gates_TK=routing.gates_TK),
+            offsets=rows.cumsum(0).to(torch.int32),
+            state=_LocalState(order=order, inverse_N=inverse, gates_TK=routing.gates_TK),
         )
 
     def combine(self, y_ND: Tensor, dispatched: Dispatched) -> Tensor:
         state: _LocalState = dispatched.state
         # Sorted rows go back to (token, choice) order; the two permutations swap roles.
-        return weigh(permute(y_ND, state.inverse_N, state.order_N), state.gates_TK)
+        return weigh(permute(y_ND, state.inverse_N, state.order), state.gates_TK)
 
 
 def weigh(y_ND: Tensor, gates_TK: Tensor) -> Tensor:

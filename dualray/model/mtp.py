@@ -14,6 +14,7 @@ from dualray.model.block import Block
 from dualray.model.config import ModelConfig
 from dualray.model.context import ForwardContext
 from dualray.model.linear import Linear
+from dualray.model.norm import RMSNorm
 
 
 class SharedHead(nn.Module):
@@ -21,7 +22,7 @@ class SharedHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class MtpModule(Block):
@@ -29,8 +30,8 @@ class MtpModule(Block):
 
     def __init__(self, config: ModelConfig, layer: int, expert_ids: tuple[int, ...]) -> None:
         super().__init__(config, layer, expert_ids)
-        self.enorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hnorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.shared_head = SharedHead(config)
 

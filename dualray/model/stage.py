@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualray.kernels.cross_entropy import linear_cross_entropy
 from dualray.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from dualray.model.block import Block
 from dualray.model.config import ModelConfig
 from dualray.model.context import ForwardContext
 from dualray.model.linear import Embedding, Linear, linear
 from dualray.model.mtp import MtpModule
+from dualray.model.norm import RMSNorm
 from dualray.model.rope import Rope, softmax_scale
 
 IGNORED_LABEL = -100
@@ -65,7 +66,7 @@ class Stage(nn.Module):
         if self.is_first:
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         if self.is_last:
-            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(config.hidden_size, config.vocab_size)
             for depth in range(config.num_nextn_predict_layers):
@@ -105,9 +106,7 @@ class Stage(nn.Module):
 
     def head(self, normed_TD: Tensor, ctx: ForwardContext) -> Tensor:
         """Logits (T, vocab) of normalised hidden states."""
-        tied = self.config.tie_word_embeddings
-        weight = self._embedding().weight if tied else self.lm_head.weight
-        return linear(normed_TD, weight, ctx.weight_grads)
+        return linear(normed_TD, self._head_weight(), ctx.weight_grads)
 
     def logits(self, hidden_TD: Tensor, ctx: ForwardContext) -> Tensor:
         """Final norm and head."""
@@ -124,20 +123,22 @@ class Stage(nn.Module):
         """Cross-entropy sums of the main model and, if asked for, every MTP depth.
 
         `labels_DT` (1 + depths, T) int64: row d holds each position's token d + 1 ahead,
-        `IGNORED_LABEL` where there is none.
+        `IGNORED_LABEL` (any negative value) where there is none.
         """
         hidden_TD = self.norm(hidden_TD)
-        main = _cross_entropy_sum(self.head(hidden_TD, ctx), labels_DT[0])
+        main = self._cross_entropy(hidden_TD, labels_DT[0], ctx)
         mtp = []
         for depth, module in enumerate(self.mtp_modules() if with_mtp else [], start=1):
             # An ignored label has no embedding; any id does, since its targets are ignored too.
             ahead = self.embed(labels_DT[depth - 1].clamp(min=0), ctx)
             hidden_TD = module.predict(ahead, hidden_TD, ctx)
-            mtp.append(_cross_entropy_sum(self.head(hidden_TD, ctx), labels_DT[depth]))
+            mtp.append(self._cross_entropy(hidden_TD, labels_DT[depth], ctx))
         return Losses(main=main, mtp=tuple(mtp))
 
+    def _head_weight(self) -> Tensor:
+        tied = self.config.tie_word_embeddings
+        return self._embedding().weight if tied else self.lm_head.weight
 
-def _cross_entropy_sum(logits: Tensor, labels_T: Tensor) -> Tensor:
-    if logits.element_size() < 4:
-        logits = logits.float()
-    return F.cross_entropy(logits, labels_T, ignore_index=IGNORED_LABEL, reduction="sum")
+    def _cross_entropy(self, normed_TD: Tensor, labels_T: Tensor, ctx: ForwardContext) -> Tensor:
+        submit = None if ctx.weight_grads is None else ctx.weight_grads.submit
+        return linear_cross_entropy(normed_TD, self._head_weight(), labels_T, submit)

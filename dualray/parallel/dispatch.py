@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dualray.kernels.grouped_gemm import row_multiple
 from dualray.kernels.permute import permute, replicate, sort_by_key
 from dualray.model.context import Dispatched, Routing
 from dualray.model.moe import weigh
@@ -47,7 +48,7 @@ class _AllToAll(torch.autograd.Function):
 class _WayBack:
     order_N: Tensor
     inverse_N: Tensor
-    order_M: Tensor
+    order: Tensor
     inverse_M: Tensor
     send: list[int]
     receive: list[int]
@@ -77,14 +78,14 @@ class AllToAllDispatch:
         rows_MD = _AllToAll.apply(replicate(x_TD, order_N, inverse_N), receive, send, self._group)
         slot_of_run = torch.arange(slots, device=x_TD.device).repeat(ranks)
         slot_M = torch.repeat_interleave(slot_of_run, received, output_size=sum(receive))
-        order_M, inverse_M, per_slot = sort_by_key(slot_M, slots)
+        order, inverse_M, rows = sort_by_key(slot_M, slots, row_multiple(x_TD))
         return Dispatched(
-            rows_ND=permute(rows_MD, order_M, inverse_M),
-            offsets=per_slot.cumsum(0).to(torch.int32),
+            rows_ND=permute(rows_MD, order, inverse_M),
+            offsets=rows.cumsum(0).to(torch.int32),
             state=_WayBack(
                 order_N=order_N,
                 inverse_N=inverse_N,
-                order_M=order_M,
+                order=order,
                 inverse_M=inverse_M,
                 send=send,
                 receive=receive,
@@ -94,6 +95,6 @@ class AllToAllDispatch:
 
     def combine(self, y_ND: Tensor, dispatched: Dispatched) -> Tensor:
         way: _WayBack = dispatched.state
-        arrived = permute(y_ND, way.inverse_M, way.order_M)
+        arrived = permute(y_ND, way.inverse_M, way.order)
         rows_ND = _AllToAll.apply(arrived, way.send, way.receive, self._group)
         return weigh(permute(rows_ND, way.inverse_N, way.order_N), way.gates_TK)

@@ -1,0 +1,44 @@
+"""SwiGLU that keeps its input alone, and writes both halves of its gradient into one tensor.
+
+Plain autograd keeps silu(gate) as well and concatenates two halves in its backward.
+N rows, F hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(first half) * second half of the last dim: (..., 2F) -> (..., F)."""
+    return _SwiGlu.apply(gate_up)
+
+
+def swiglu_reference(gate_up: Tensor) -> Tensor:
+    """The slow twin."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_up)
+        d_gate, d_up = grad.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), dy, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=d_gate)
+        return grad

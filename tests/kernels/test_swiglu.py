@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dualray.kernels.swiglu import swiglu, swiglu_reference
+
+
+@pytest.mark.parametrize("shape", [(5, 14), (0, 8), (2, 3, 6), (6,)], ids=str)
+def test_output_and_gradient_equal_the_twin(shape) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+    out, twin = swiglu(x), swiglu_reference(x)
+    assert torch.equal(out, twin)
+    dy = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    (own,), (expected,) = (torch.autograd.grad(y, x, dy) for y in (out, twin))
+    # The derivative of silu is written differently inside torch.
+    torch.testing.assert_close(own, expected, rtol=1e-13, atol=1e-14)
+
+
+def test_bfloat16_output_has_the_same_bits() -> None:
+    x = torch.randn(33, 64, generator=torch.Generator().manual_seed(1)).bfloat16() * 4
+    assert torch.equal(swiglu(x), swiglu_reference(x))
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    x = torch.randn(4, 20, dtype=torch.float64)[:, 3:13].requires_grad_()
+    dy = torch.randn(5, 4, dtype=torch.float64).t()
+    (own,), (expected,) = (torch.autograd.grad(f(x), x, dy) for f in (swiglu, swiglu_reference))
+    torch.testing.assert_close(own, expected, rtol=1e-13, atol=1e-14)
