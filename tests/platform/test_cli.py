@@ -26,6 +26,7 @@ SURFACE: dict[str, list[str]] = {
     "bench context": [
         "BEFORE", "AFTER", "--data", "--json", "--needles", "--record", "--windows",
     ],
+    "bench attention": ["--data", "--json", "--out", "--quick", "--record"],
     "bench training": [
         "--dtype", "--json", "--pairs", "--quick", "--record", "--threads", "--warmup",
     ],

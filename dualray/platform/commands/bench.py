@@ -11,9 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dualray.platform.commands.bench_attention import attention
 from dualray.platform.commands.bench_context import context
 
 app = typer.Typer(help="Side-by-side benchmarks.", no_args_is_help=True)
+app.command("attention")(attention)
 app.command("context")(context)
 
 

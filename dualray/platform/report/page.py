@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from datetime import datetime
 from html import escape
-from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
-from string import Template
 
-from dualray import __version__
-from dualray.errors import RunError
 from dualray.platform.metrics import RunMetrics
 from dualray.platform.readable import number
-from dualray.platform.report import curves, experts, timeline
+from dualray.platform.report import curves, experts, html, timeline
 from dualray.platform.report.header import facts, tiles
 from dualray.platform.report.record import RunRecord, read_run
 
@@ -28,40 +22,19 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     target = out if out is not None else run_dir / "report.html"
     run = read_run(run_dir)
-    if target.is_dir():
-        raise RunError(
-            f"--out is {target} and that is a folder",
-            hint=f"name a file, such as {target / 'report.html'}",
-        )
-    if not target.parent.is_dir():
-        raise RunError(
-            f"--out is {target} and {target.parent} is not a folder",
-            hint="create that folder first, or name a file elsewhere",
-        )
-    page = render(run)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, target)
-    except OSError as error:
-        raise RunError(
-            f"the report cannot be written to {target} ({error.strerror})",
-            hint="choose a writable place with --out FILE",
-        ) from None
+    html.check_target(target, "report.html")
+    html.write(target, render(run))
     return target
 
 
 def render(run: RunRecord) -> str:
     """The page: HTML that refers to nothing outside itself."""
-    template = resources.files("dualray.platform").joinpath("templates", "report.html")
-    sections = [text for text in _sections(run) if text]
-    return Template(template.read_text(encoding="utf-8")).substitute(
-        name=escape(run.name),
+    return html.page(
+        heading="dualray training report",
+        name=run.name,
         facts=facts(run),
         tiles=tiles(run.metrics),
-        sections="\n".join(sections),
-        version=escape(__version__),
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        sections=[text for text in _sections(run) if text],
     )
 
 
@@ -71,9 +44,9 @@ def _sections(run: RunRecord) -> Iterator[str]:
         yield '<p class="empty">This run has not finished a step yet, so there are no curves.</p>'
     else:
         yield _learning(metrics)
-        yield _section(
+        yield html.section(
             "Optimizer",
-            _figure(
+            html.figure(
                 curves.optimizer_figure(steps, metrics.phases),
                 "The learning rate that each step used, and the global norm of the gradients "
                 "before clipping: spikes there are steps on which training was close to unstable.",
@@ -88,7 +61,7 @@ def _sections(run: RunRecord) -> Iterator[str]:
     if metrics.switch is not None:
         yield _switch(run)
     if run.run_yaml:
-        yield _section("Configuration", f"<pre>{escape(run.run_yaml.rstrip())}</pre>")
+        yield html.section("Configuration", f"<pre>{escape(run.run_yaml.rstrip())}</pre>")
 
 
 def _learning(metrics: RunMetrics) -> str:
@@ -101,7 +74,7 @@ def _learning(metrics: RunMetrics) -> str:
         )
     if metrics.phases:
         caption += " Dotted lines mark where training went on with longer sequences."
-    body = _figure(curves.loss_figure(steps, metrics.phases), caption)
+    body = html.figure(curves.loss_figure(steps, metrics.phases), caption)
     if curves.heldout_points(steps):
         caption = "How many bits the model needs for a byte of text that it never trained on."
         if metrics.yardsticks is not None:
@@ -110,8 +83,8 @@ def _learning(metrics: RunMetrics) -> str:
                 " the same tokens, need for the same text: below a line is better than it."
             )
         figure = curves.bits_per_byte_figure(steps, metrics.yardsticks, metrics.phases)
-        body += _figure(figure, caption)
-    return _section("Learning", body)
+        body += html.figure(figure, caption)
+    return html.section("Learning", body)
 
 
 def _experts(metrics: RunMetrics) -> str:
@@ -123,14 +96,14 @@ def _experts(metrics: RunMetrics) -> str:
     )
     if len(shown) < total:
         caption += f" {len(shown)} of {total} mixture-of-experts layers are shown."
-    body = _figure(experts.loads_figure(steps), caption)
+    body = html.figure(experts.loads_figure(steps), caption)
     if any(step.max_vio is not None for step in steps):
-        body += _figure(
+        body += html.figure(
             experts.max_vio_figure(steps),
             "MaxVio is how far the busiest expert of a layer lies above the mean: 0 is perfect "
             "balance, 1 means that one expert got twice its share.",
         )
-    return _section("Experts", body)
+    return html.section("Experts", body)
 
 
 def _pipeline(run: RunRecord) -> str:
@@ -150,9 +123,9 @@ def _pipeline(run: RunRecord) -> str:
     left_out = len(trace.spans) - len(timeline.shown_spans(trace))
     if left_out:
         caption += f" The last {left_out:,} spans are left out; trace.json holds them all."
-    body = _figure(timeline.timeline_figure(trace, run.layout), caption)
+    body = html.figure(timeline.timeline_figure(trace, run.layout), caption)
     body += '<p class="aside">To zoom, open <code>trace.json</code> in Perfetto.</p>'
-    return _section("Pipeline", body)
+    return html.section("Pipeline", body)
 
 
 def _speed(run: RunRecord) -> str:
@@ -164,8 +137,8 @@ def _speed(run: RunRecord) -> str:
     if metrics.checkpoints:
         caption += " Triangles mark checkpoints."
     figure = curves.speed_figure(metrics.steps, metrics.checkpoints, metrics.phases)
-    body = _figure(figure, caption)
-    return _section("Speed and checkpoints", body + _checkpoints(run))
+    body = html.figure(figure, caption)
+    return html.section("Speed and checkpoints", body + _checkpoints(run))
 
 
 def _checkpoints(run: RunRecord) -> str:
@@ -198,17 +171,9 @@ def _switch(run: RunRecord) -> str:
         )
     )
     seconds = number(switch.seconds_to_first_token, 2)
-    return _section(
+    return html.section(
         "From trainer to server",
         f"<p>The first token was served {seconds} s after the last optimizer step. {verdict}</p>"
         "<table><thead><tr><th>worker</th><th>process id in training</th>"
         f"<th>process id in serving</th></tr></thead><tbody>{rows}</tbody></table>",
     )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>"
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
