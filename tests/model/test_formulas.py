@@ -93,8 +93,8 @@ def test_forward_flops(absorbed: bool, config: ModelConfig) -> None:
 
     def forward(stage, ctx) -> int:
         ids, _ = random_batch(config, 1, T)
-        with torch.no_grad():
-            stage.logits(stage(stage.embed(ids.flatten(), ctx), ctx), ctx)
+        # With gradients: without them a few tokens go to all experts, which is more work.
+        stage.logits(stage(stage.embed(ids.flatten(), ctx), ctx), ctx)
         return sum(map(config.is_moe, range(config.num_hidden_layers)))
 
     counted = flops(config, T, PlainAttention(absorbed), forward)
