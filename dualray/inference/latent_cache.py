@@ -70,10 +70,11 @@ class Part:
 class SingleRows:
     """Sequences with one new token each, to be attended in one call, padded to the longest.
 
-    `lengths_n` counts positions including the new one; `tables_nB` is padded with block 0.
+    `rows_n` is None if they are all rows of the step. `lengths_n` counts positions including the
+    new one; `tables_nB` is padded with block 0.
     """
 
-    rows_n: Tensor
+    rows_n: Tensor | None
     tables_nB: Tensor
     lengths_n: Tensor
 
@@ -139,7 +140,7 @@ class PagedBatch:
             positions_T=_integers(positions, device),
             slots_T=_integers(slots, device),
             seq_lens=tuple(len(sequence.ids) for sequence in sequences),
-            together=_single_rows(single, tables, device) if single else None,
+            together=_single_rows(single, tables, device, alone=not parts) if single else None,
             parts=tuple(parts),
             unsort_T=unsort,
         )
@@ -161,12 +162,12 @@ def _rows_of(
 
 
 def _single_rows(
-    single: Sequence[Part], tables: Sequence[tuple[int, ...]], device: torch.device
+    single: Sequence[Part], tables: Sequence[tuple[int, ...]], device: torch.device, *, alone: bool
 ) -> SingleRows:
     width = max(map(len, tables))
     padded = [block for table in tables for block in (*table, *(0,) * (width - len(table)))]
     return SingleRows(
-        rows_n=_integers([part.start for part in single], device),
+        rows_n=None if alone else _integers([part.start for part in single], device),
         tables_nB=_integers(padded, device).view(-1, width),
         lengths_n=_integers([part.length for part in single], device),
     )
@@ -212,7 +213,7 @@ def _attend_together(
     # A weight of zero does not silence a NaN that an earlier request left in a reused block.
     rows_nSL.masked_fill_(outside_nS[..., None], 0.0)
     return F.scaled_dot_product_attention(
-        q_TGRk[single.rows_n],
+        q_TGRk if single.rows_n is None else q_TGRk[single.rows_n],
         query.cache_keys(rows_nSL).transpose(1, 2),
         query.cache_values(rows_nSL).transpose(1, 2),
         attn_mask=~outside_nS[:, None, None],

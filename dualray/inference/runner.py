@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dualray.inference.compiled_decode import CompiledDecode
 from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBatch
-from dualray.inference.plan import Owner, Sampled, SequencePlan, StepPlan
+from dualray.inference.plan import Owner, Sampled, SampleSpec, SequencePlan, StepPlan
 from dualray.inference.sampler import sample
 from dualray.model.context import ExpertDispatch, ForwardContext, RoutingTape
 from dualray.model.stage import Stage
@@ -26,7 +27,7 @@ from dualray.schedule.actions import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class StageOutput:
-    """Hidden states (T, D) for the next stage, or the tokens that the last one chose."""
+    """What the next stage reads (T, D), and the tokens that the last one chose."""
 
     hidden_TD: Tensor
     sampled: list[Sampled]
@@ -36,11 +37,18 @@ class StageRunner:
     """One held stage with its latent cache. Runs without gradients.
 
     `dispatch` is the direction's own. A stage that gets no sequences still runs its layers
-    on zero tokens: the other expert ranks wait for it in every exchange.
+    on zero tokens: the other expert ranks wait for it in every exchange. Decode steps of up to
+    `compile_batch` sequences are compiled here, once, which takes minutes; 0 for none.
     """
 
     def __init__(
-        self, stage: Stage, dispatch: ExpertDispatch, *, num_blocks: int, block_size: int
+        self,
+        stage: Stage,
+        dispatch: ExpertDispatch,
+        *,
+        num_blocks: int,
+        block_size: int,
+        compile_batch: int = 0,
     ) -> None:
         weight = stage.get_parameter(f"layers.{stage.layer_range.start}.self_attn.o_proj.weight")
         self.stage = stage
@@ -48,12 +56,18 @@ class StageRunner:
         self._dispatch = dispatch
         self.cache = LatentCache(
             stage.layer_range,
-            num_blocks=num_blocks,
+            num_blocks=num_blocks + (compile_batch > 0),
             block_size=block_size,
             row_dim=stage.config.cache_dim,
             dtype=self.dtype,
             device=self.device,
         )
+        self._compiled: CompiledDecode | None = None
+        if compile_batch:
+            self._compiled = CompiledDecode(
+                stage, self.cache, dispatch, max_batch=compile_batch, padding_block=num_blocks
+            )
+            self._compiled.warm_up()
 
     @torch.inference_mode()
     def run(
@@ -66,6 +80,11 @@ class StageRunner:
 
         `tape` records or replays the expert choices of this call's T rows.
         """
+        if self._compiled is not None and tape is None and self._compiled.takes(sequences):
+            out = self._compiled.run(sequences, hidden_TD)
+            ends, asked = _asked(sequences)
+            sampled = sample(out[ends], asked) if self.stage.is_last and asked else []
+            return StageOutput(hidden_TD=out, sampled=sampled)
         batch = PagedBatch.build(sequences, self.cache.block_size, self.device)
         ctx = ForwardContext(
             positions_T=batch.positions_T,
@@ -80,25 +99,24 @@ class StageRunner:
             hidden_TD = self.stage.embed(ids_T, ctx)
         assert hidden_TD is not None, "only the first stage has no input"
         hidden_TD = self.stage(hidden_TD, ctx)
-        if not self.stage.is_last:
-            return StageOutput(hidden_TD=hidden_TD, sampled=[])
-        return StageOutput(hidden_TD=hidden_TD, sampled=self._sample(sequences, hidden_TD, ctx))
+        ends, asked = _asked(sequences)
+        sampled: list[Sampled] = []
+        if self.stage.is_last and asked:
+            sampled = sample(self.stage.logits(hidden_TD[ends], ctx), asked)
+        return StageOutput(hidden_TD=hidden_TD, sampled=sampled)
 
-    def _sample(
-        self, sequences: Sequence[SequencePlan], hidden_TD: Tensor, ctx: ForwardContext
-    ) -> list[Sampled]:
-        """The last row of every sequence that has all its tokens gives the next one."""
-        ends: list[int] = []
-        rows = []
-        stop = 0
-        for sequence in sequences:
-            stop += len(sequence.ids)
-            if sequence.sample is not None:
-                ends.append(stop - 1)
-                rows.append((sequence.request_id, sequence.sample))
-        if not rows:
-            return []
-        return sample(self.stage.logits(hidden_TD[ends], ctx), rows)
+
+def _asked(sequences: Sequence[SequencePlan]) -> tuple[list[int], list[tuple[str, SampleSpec]]]:
+    """Last row of every sequence that has all its tokens, and how to choose its next one."""
+    ends: list[int] = []
+    asked = []
+    stop = 0
+    for sequence in sequences:
+        stop += len(sequence.ids)
+        if sequence.sample is not None:
+            ends.append(stop - 1)
+            asked.append((sequence.request_id, sequence.sample))
+    return ends, asked
 
 
 class Transport(Protocol):

@@ -21,7 +21,8 @@ def sort_by_key(key_N: Tensor, num_keys: int, multiple: int = 1) -> tuple[Tensor
     """
     order = torch.argsort(key_N, stable=True)
     inverse = torch.empty_like(order)
-    counts = torch.bincount(key_N, minlength=num_keys)
+    # Not bincount, whose result has a size that depends on the keys, which nothing can compile.
+    counts = order.new_zeros(num_keys).scatter_add_(0, key_N, torch.ones_like(key_N))
     row = torch.arange(order.numel(), device=order.device)
     if multiple == 1:
         inverse[order] = row
@@ -59,13 +60,21 @@ class _Permute(torch.autograd.Function):
         return _gather(dy_ND, inverse, ctx.num_real), None, None
 
 
+def _copies(x_TD: Tensor, inverse_N: Tensor) -> int:
+    return max(inverse_N.numel() // max(x_TD.shape[0], 1), 1)
+
+
+def _replicated(x_TD: Tensor, order: Tensor, inverse_N: Tensor) -> Tensor:
+    token = order.div(_copies(x_TD, inverse_N), rounding_mode="floor")
+    return _gather(x_TD, token, inverse_N.numel())
+
+
 class _Replicate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order: Tensor, inverse_N: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_N)
-        ctx.copies = max(inverse_N.numel() // max(x_TD.shape[0], 1), 1)
-        token = order.div(ctx.copies, rounding_mode="floor")
-        return _gather(x_TD, token, inverse_N.numel())
+        ctx.copies = _copies(x_TD, inverse_N)
+        return _replicated(x_TD, order, inverse_N)
 
     @staticmethod
     @once_differentiable
@@ -77,6 +86,8 @@ class _Replicate(torch.autograd.Function):
 
 def permute(x_ND: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """x[order]; differentiable. Each undoes the other; one of them may be padded with -1."""
+    if not torch.is_grad_enabled():
+        return _gather(x_ND, order, min(order.numel(), inverse.numel()))
     return _Permute.apply(x_ND, order, inverse)
 
 
@@ -85,4 +96,6 @@ def replicate(x_TD: Tensor, order: Tensor, inverse_N: Tensor) -> Tensor:
 
     Rows of padding (order -1) are zero.
     """
+    if not torch.is_grad_enabled():
+        return _replicated(x_TD, order, inverse_N)
     return _Replicate.apply(x_TD, order, inverse_N)

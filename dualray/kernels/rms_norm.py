@@ -16,7 +16,10 @@ from torch.autograd.function import once_differentiable
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim of (..., D)."""
-    return _RmsNorm.apply(x, weight_D, eps)
+    if torch.is_grad_enabled():
+        return _RmsNorm.apply(x, weight_D, eps)
+    # Decoding is made of small operations: apply alone costs a third of one.
+    return _normalise(x, weight_D, eps)[0]
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -26,14 +29,20 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return weight_D * wide.to(x.dtype)
 
 
+def _normalise(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The output, and 1 / rms as (..., 1)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * inverse).to(x.dtype).mul_(weight_D), inverse
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, inverse = _normalise(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, inverse)
-        return (wide * inverse).to(x.dtype).mul_(weight_D)
+        return out
 
     @staticmethod
     @once_differentiable

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(first half) * second half of the last dim: (..., 2F) -> (..., F)."""
-    return _SwiGlu.apply(gate_up)
+    return _SwiGlu.apply(gate_up) if torch.is_grad_enabled() else swiglu_reference(gate_up)
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:

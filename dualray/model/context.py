@@ -84,7 +84,8 @@ class Routing:
 class ExpertDispatch(Protocol):
     """Carries tokens to the experts' owners and back.
 
-    `dispatch` returns rows ordered by local expert slot with int32 end offsets per slot;
+    `dispatch` returns rows ordered by local expert slot with int32 end offsets per slot, or
+    the number of rows of each where all have as many;
     `combine` takes rows in that same order and returns the gate-weighted sum per token.
     """
 
@@ -98,7 +99,7 @@ class Dispatched:
     """Rows on their expert's worker. `state` is the dispatcher's own way back."""
 
     rows_ND: Tensor
-    offsets: Tensor
+    offsets: Tensor | int
     state: Any
 
 

@@ -59,11 +59,13 @@ def logical_slices(stage: Stage) -> dict[str, list[LogicalSlice]]:
             continue
         parent = dot.removesuffix(f"{module_name.rpartition('.')[2]}.")
         for name, tensor in _own_tensors(module):
-            shape = tuple(tensor.shape)
+            shape: tuple[int, ...] = tuple(tensor.shape)
             if isinstance(module, Linear) and module.parts:
                 # Fused projections are named after what they hold.
                 parts = module.parts.items()
-                held = [(f"{part}.{name}", (width, *shape[1:])) for part, width in parts]
+                held: list[tuple[str, tuple[int, ...]]] = [
+                    (f"{part}.{name}", (width, *shape[1:])) for part, width in parts
+                ]
                 result[f"{dot}{name}"] = _split(prefix + parent, held)
             else:
                 result[f"{dot}{name}"] = _split(prefix + dot, [(name, shape)])

@@ -121,9 +121,15 @@ def linear(
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, offsets: Tensor, sink: WeightGradSink | None
+    x: Tensor, weight: Tensor, offsets: Tensor | int, sink: WeightGradSink | None
 ) -> Tensor:
-    """Rows x (N, K), group by group, times weight (e, M, K) transposed."""
+    """Rows x (N, K), group by group, times weight (e, M, K) transposed.
+
+    `offsets` are the groups' end rows, or how many rows each has (without gradients only).
+    """
+    if isinstance(offsets, int):
+        assert not torch.is_grad_enabled(), "equal groups are for inference"
+        return torch.bmm(x.unflatten(0, (-1, offsets)), weight.transpose(1, 2)).flatten(0, 1)
     if not torch.is_grad_enabled():
         return grouped_gemm.grouped_mm(x, weight, offsets)
     if sink is None:

@@ -89,10 +89,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     half = cos.shape[-1]
     first, second = x[..., -2 * half : -half], x[..., -half:]
-    torch.mul(first, cos, out=(out_first := out[..., -2 * half : -half]))
-    out_first.addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=(out_second := out[..., -half:]))
-    out_second.addcmul_(first, sin)
+    out[..., -2 * half : -half] = first * cos - second * sin
+    out[..., -half:] = first * sin + second * cos
     return out
 
 
@@ -100,4 +98,4 @@ def rotate_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the last R channels of (T, d) or (T, H, d) by the angles (T, R/2) of `cos_sin`."""
     if x.ndim == 3:
         cos, sin = cos[:, None], sin[:, None]
-    return _RotateTail.apply(x, cos, sin)
+    return _RotateTail.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin)

@@ -78,7 +78,9 @@ class AllToAllDispatch:
         rows_MD = _AllToAll.apply(replicate(x_TD, order_N, inverse_N), receive, send, self._group)
         slot_of_run = torch.arange(slots, device=x_TD.device).repeat(ranks)
         slot_M = torch.repeat_interleave(slot_of_run, received, output_size=sum(receive))
-        order, inverse_M, rows = sort_by_key(slot_M, slots, row_multiple(x_TD))
+        order, inverse_M, rows = sort_by_key(
+            slot_M, slots, row_multiple(x_TD, len(slot_M) // slots)
+        )
         return Dispatched(
             rows_ND=permute(rows_MD, order, inverse_M),
             offsets=rows.cumsum(0).to(torch.int32),

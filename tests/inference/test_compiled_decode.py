@@ -1,0 +1,77 @@
+"""The compiled decode step against the eager one. Inductor takes a minute, so the traced graph
+is run without it here; `dualray bench model` compares what it compiles."""
+
+import pytest
+import torch
+from support.models import attention_changes, tiny_config, whole_model
+
+from dualray.inference import compiled_decode
+from dualray.inference.plan import SampleSpec, SequencePlan
+from dualray.inference.runner import StageRunner
+from dualray.model.moe import LocalDispatch
+
+BLOCK = 4
+
+
+def plan(name, ids, first, table) -> SequencePlan:
+    spec = SampleSpec(position=first + len(ids), seed=0, temperature=0.0, top_p=1.0, top_k=0,
+                      min_p=0.0, logprobs=3)  # fmt: skip
+    return SequencePlan(
+        request_id=name, ids=ids, first_position=first, block_table=table, sample=spec
+    )
+
+
+def served(stage, compile_batch):
+    """A prompt step, then decode steps in batches of 1 and 2 whose contexts grow by a block."""
+    dispatch = LocalDispatch(stage.config.n_routed_experts)
+    runner = StageRunner(
+        stage, dispatch, num_blocks=9, block_size=BLOCK, compile_batch=compile_batch
+    )
+    tables = {"a": (8, 0, 5), "b": (3, 7, 1), "c": (2, 6, 4)}
+    lengths = {"a": 3, "b": 7, "c": 1}
+    out = runner.run([plan(n, tuple(range(k)), 0, tables[n]) for n, k in lengths.items()], None)
+    results, last = [out.sampled], {s.request_id: s.token_id for s in out.sampled}
+    for names in ("a", "cb", "cb", "ac", "cb", "a"):
+        batch = [plan(n, (last[n],), lengths[n], tables[n]) for n in names]
+        sampled = runner.run(batch, None).sampled
+        for one in sampled:
+            last[one.request_id] = one.token_id
+            lengths[one.request_id] += 1
+        results.append(sampled)
+    return results
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_traced_decode_steps_choose_what_eager_ones_choose(kind, monkeypatch):
+    config = tiny_config(num_hidden_layers=2, num_nextn_predict_layers=0, **attention_changes(kind))
+    stage = whole_model(config)
+    eager = served(stage, 0)
+    compiled = torch.compile
+    monkeypatch.setattr(
+        compiled_decode.torch, "compile", lambda f, **k: compiled(f, backend="eager", **k)
+    )
+    torch.compiler.reset()
+    for expected, got in zip(eager, served(stage, 2)):
+        for one, other in zip(expected, got, strict=True):
+            assert (one.request_id, one.token_id) == (other.request_id, other.token_id)
+            # Log-probabilities of order one; sums in another order.
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+            for (i, a), (j, b) in zip(one.top, other.top):
+                assert i == j
+                assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_only_steps_of_single_tokens_are_compiled(monkeypatch):
+    monkeypatch.setattr(compiled_decode.torch, "compile", lambda f, **k: f)
+    config = tiny_config(num_nextn_predict_layers=0)
+    runner = StageRunner(
+        whole_model(config), LocalDispatch(8), num_blocks=4, block_size=BLOCK, compile_batch=2
+    )
+    compiled = runner._compiled
+    assert compiled is not None
+    one, two = plan("a", (1,), 0, (0,)), plan("b", (1, 2), 0, (1,))
+    assert compiled.takes([one])
+    assert compiled.takes([one, one])
+    assert not compiled.takes([one, one, one])
+    assert not compiled.takes([one, two])
+    assert not compiled.takes([])
