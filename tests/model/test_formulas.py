@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualray.model import formulas
+from dualray.model.attention import LatentQuery
 from dualray.model.config import ATTENTIONS, ModelConfig
 from dualray.model.context import AttentionQuery, ForwardContext
 from dualray.model.count import count_parameters, count_parts
@@ -65,6 +66,9 @@ class PlainAttention:
         if self._absorbed:
             rows = query.cache_rows()
             q, k, v = query.cache_queries(), query.cache_keys(rows), query.cache_values(rows)
+            if isinstance(query, LatentQuery):
+                # The rotary key comes along for the sake of a kernel and is dropped afterwards.
+                v = v[..., : query.latent_TC.shape[1]]
         else:
             q, k, v = query.expand(ctx.weight_grads)
         H = q.shape[1]
