@@ -2,16 +2,17 @@
 
 A strip multiplies with the keys up to its own end only, so what lies above the diagonal
 costs half a strip instead of half the square, and values may be narrower than keys. torch's
-flash kernel on CPU wants equal widths and its backward takes twice the time of these matrix
-products (78 against 50 ms in fp32; 8 x 4 heads x 512, one core).
-The backward computes the probabilities again instead of keeping S^2 / 2 of them per head.
+flash kernel on CPU wants equal widths, and its backward takes half as long again (fp32) or
+twice as long (bf16) as these products do. The backward needs the probabilities again: they
+are kept while they are small, and computed again where S^2 / 2 of them per head are not.
 
 B sequences, H query heads, G key/value heads, M = H / G query heads per key/value head,
-S rows, R rows of a strip, d key width, v value width. N = B * G products in one call.
+S rows, R rows of a strip, d key width, v value width, n key/value heads at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ _MIN_STRIPS_LEN = 96
 """Sequences of fewer rows are one or two strips, and torch's kernel has less to start."""
 
 
+_TILE_NUMEL = 2**19
+"""Logits in flight: 2 MiB of fp32, which a core's cache nearly holds."""
+
+
 def causal_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSv: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T) v under the causal mask: (B, H, S, v).
 
@@ -30,7 +35,9 @@ def causal_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSv: Tensor, scale: floa
     (float64 for float64) whatever the dtype of the inputs.
     """
     if q_BHSd.device.type == "cpu" and q_BHSd.shape[2] >= _MIN_STRIPS_LEN:
-        return _StripAttention.apply(q_BHSd, k_BGSd, v_BGSv, scale)
+        S, d = q_BHSd.shape[2:]
+        keep = torch.is_grad_enabled() and _keeps_probabilities(S, d, v_BGSv.shape[-1])
+        return _StripAttention.apply(q_BHSd, k_BGSd, v_BGSv, scale, keep)
     return torch_attention(q_BHSd, k_BGSd, v_BGSv, scale)
 
 
@@ -47,75 +54,92 @@ def torch_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSv: Tensor, scale: float
     return out[..., :width]
 
 
-def _strips(size: int, like: Tensor) -> list[tuple[int, int]]:
+def _strip_rows(like: Tensor) -> int:
     # Narrow strips waste less above the diagonal; bf16 products need more rows to be fast.
-    rows = 128 if like.element_size() == 2 else 64
-    return [(start, min(start + rows, size)) for start in range(0, size, rows)]
+    return 256 if like.element_size() == 2 else 64
 
 
-def _probabilities(q_NMRd: Tensor, k_NSd: Tensor, start: int, scale: float) -> Tensor:
-    """softmax of the strip that begins at row `start`: (N, M * R, end) in fp32 or float64."""
-    N, M, R, _ = q_NMRd.shape
-    compute = torch.promote_types(q_NMRd.dtype, torch.float32)
-    q = (q_NMRd.to(compute) * scale).view(N, M * R, -1)
-    logits = torch.bmm(q, k_NSd[:, : start + R].transpose(1, 2))
-    future = torch.full((R, R), float("-inf"), dtype=compute).triu_(1)
-    logits.view(N, M, R, -1)[..., start:].add_(future)
+def _tiles(q_BGMSd: Tensor) -> Iterator[tuple[int, slice, int, int]]:
+    """(sequence, key/value heads, first row, last row + 1) of every strip, few heads at a time."""
+    B, G, M, S, _ = q_BGMSd.shape
+    rows = _strip_rows(q_BGMSd)
+    heads = max(1, _TILE_NUMEL // (M * rows * S))
+    for b in range(B):
+        for first in range(0, G, heads):
+            for start in range(0, S, rows):
+                yield b, slice(first, min(first + heads, G)), start, min(start + rows, S)
+
+
+def _keeps_probabilities(S: int, d: int, v: int) -> bool:
+    # S / 2 probabilities a row on average, against the row's query, key, value and output.
+    return 4 * (d + v) >= S
+
+
+def _probabilities(q_nMRd: Tensor, k_nSd: Tensor, scale: float, future_RR: Tensor) -> Tensor:
+    """softmax of a strip's R rows over the first S keys: (n, M * R, S), in the dtype of k."""
+    n, M, R, d = q_nMRd.shape
+    q = (q_nMRd.to(k_nSd.dtype) * scale).reshape(n, M * R, d)
+    logits = torch.bmm(q, k_nSd.transpose(1, 2))
+    logits.view(n, M, R, -1)[..., -R:].add_(future_RR[:R, :R])
     return logits.softmax(-1)
 
 
 class _StripAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSv: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q_BHSd, k_BGSd, v_BGSv)
+    def forward(
+        ctx: Any, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSv: Tensor, scale: float, keep: bool
+    ) -> Tensor:
+        q = q_BHSd.unflatten(1, (k_BGSd.shape[1], -1))
+        k, v = k_BGSd, v_BGSv
+        future, wide_k = _future(q), k.to(torch.promote_types(k.dtype, torch.float32))
+        out = _empty_rows(q, v.shape[-1])
+        kept = []
+        for b, g, start, end in _tiles(q):
+            p = _probabilities(q[b, g, :, start:end], wide_k[b, g, :end], scale, future)
+            p = p.to(v.dtype)
+            out[b, g, :, start:end] = torch.bmm(p, v[b, g, :end]).unflatten(1, (q.shape[2], -1))
+            if keep:
+                kept.append(p)
+        ctx.save_for_backward(q_BHSd, k_BGSd, v_BGSv, *kept)
         ctx.scale = scale
-        q, k, v = _by_key_head(q_BHSd, k_BGSd, v_BGSv)
-        N, M, S, _ = q.shape
-        k = k.to(torch.promote_types(k.dtype, torch.float32))
-        out = v.new_empty(N, M, S, v.shape[-1])
-        for start, end in _strips(S, q):
-            p = _probabilities(q[:, :, start:end], k, start, scale).to(v.dtype)
-            out[:, :, start:end] = torch.bmm(p, v[:, :end]).view(N, M, end - start, -1)
-        return out.view(*q_BHSd.shape[:3], -1)
+        return out.flatten(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_BHSv: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_BHSd, k_BGSd, v_BGSv = ctx.saved_tensors
-        q, k, v = _by_key_head(q_BHSd, k_BGSd, v_BGSv)
-        N, M, S, _ = q.shape
-        dy = dy_BHSv.contiguous().view(N, M, S, -1)
+    def backward(ctx: Any, dy_BHSv: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q_BHSd, k, v, *kept = ctx.saved_tensors
+        q, dy = (x.unflatten(1, (k.shape[1], -1)) for x in (q_BHSd, dy_BHSv))
         compute = torch.promote_types(q.dtype, torch.float32)
-        k_compute = k.to(compute)
-        dq = torch.empty_like(q)
+        future, wide_k = _future(q), k if kept else k.to(compute)
+        dq = _empty_rows(q, q.shape[-1])
         dk, dv = torch.zeros_like(k, dtype=compute), torch.zeros_like(v, dtype=compute)
-        for start, end in _strips(S, q):
-            rows = slice(start, end)
-            p = _probabilities(q[:, :, rows], k_compute, start, ctx.scale).to(v.dtype)
-            dy_strip = dy[:, :, rows].reshape(N, -1, dy.shape[-1])
-            q_strip = q[:, :, rows].reshape(N, -1, q.shape[-1])
-            _add_bmm(dv[:, :end], p.transpose(1, 2), dy_strip, 1.0)
-            dp = torch.bmm(dy_strip, v[:, :end].transpose(1, 2))
+        for number, (b, g, start, end) in enumerate(_tiles(q)):
+            q_rows, dy_rows = (x[b, g, :, start:end].flatten(1, 2) for x in (q, dy))
+            if kept:
+                p = kept[number]
+            else:
+                strip = q[b, g, :, start:end]
+                p = _probabilities(strip, wide_k[b, g, :end], ctx.scale, future).to(v.dtype)
+            _add_bmm(dv[b, g, :end], p.transpose(1, 2), dy_rows, 1.0)
+            dp = torch.bmm(dy_rows, v[b, g, :end].transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, :, rows] = torch.bmm(ds, k[:, :end]).mul_(ctx.scale).view(N, M, end - start, -1)
-            _add_bmm(dk[:, :end], ds.transpose(1, 2), q_strip, ctx.scale)
-        return (
-            dq.view_as(q_BHSd),
-            dk.to(k.dtype).view_as(k_BGSd),
-            dv.to(v.dtype).view_as(v_BGSv),
-            None,
-        )
+            dq_rows = torch.bmm(ds, k[b, g, :end]).mul_(ctx.scale)
+            dq[b, g, :, start:end] = dq_rows.unflatten(1, (q.shape[2], -1))
+            _add_bmm(dk[b, g, :end], ds.transpose(1, 2), q_rows, ctx.scale)
+        return dq.flatten(1, 2), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _by_key_head(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, M, S, d), (N, S, d), (N, S, v); copies what is not laid out so."""
-    B, H, S, d = q_BHSd.shape
-    N = B * k_BGSd.shape[1]
-    return (
-        q_BHSd.contiguous().view(N, B * H // N, S, d),
-        k_BGSd.contiguous().view(N, S, d),
-        v_BGSv.contiguous().view(N, S, -1),
-    )
+def _empty_rows(like_BGMSd: Tensor, width: int) -> Tensor:
+    """(B, G, M, S, width) laid out with S before the heads, as projections are."""
+    B, G, M, S, _ = like_BGMSd.shape
+    return like_BGMSd.new_empty(B, S, G, M, width).permute(0, 2, 3, 1, 4)
+
+
+def _future(q_BGMSd: Tensor) -> Tensor:
+    """-inf above the diagonal of a strip's last R keys."""
+    rows = _strip_rows(q_BGMSd)
+    compute = torch.promote_types(q_BGMSd.dtype, torch.float32)
+    return torch.full((rows, rows), float("-inf"), dtype=compute).triu_(1)
 
 
 def _add_bmm(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:

@@ -31,7 +31,10 @@ def _run(attend, inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("S", [96, 128, 130, 300])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-def test_output_and_gradients_equal_torch(heads, S) -> None:
+@pytest.mark.parametrize("keeps", [False, True], ids=["recomputed", "kept"])
+def test_output_and_gradients_equal_torch(keeps, heads, S, monkeypatch) -> None:
+    monkeypatch.setattr(kernel, "_keeps_probabilities", lambda *_: keeps)
+    monkeypatch.setattr(kernel, "_TILE_NUMEL", 2 * 64 * S)
     inputs = _inputs(S, heads, torch.float64)
     assert S >= kernel._MIN_STRIPS_LEN
     for own, twin in zip(
@@ -43,7 +46,9 @@ def test_output_and_gradients_equal_torch(heads, S) -> None:
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)], ids=str
 )
-def test_low_precision_is_as_near_to_float64_as_torch_is(dtype, bound) -> None:
+@pytest.mark.parametrize("keeps", [False, True], ids=["recomputed", "kept"])
+def test_low_precision_is_as_near_to_float64_as_torch_is(keeps, dtype, bound, monkeypatch) -> None:
+    monkeypatch.setattr(kernel, "_keeps_probabilities", lambda *_: keeps)
     inputs = [t * 3 for t in _inputs(260, (4, 2), dtype)]
     exact = _run(kernel.torch_attention, [t.double() for t in inputs])
     own = _run(kernel.causal_attention, inputs)
@@ -72,6 +77,24 @@ def test_no_row_sees_the_future() -> None:
     after = kernel.causal_attention(q, k, v, 0.3)
     assert torch.equal(before[:, :, :150], after[:, :, :150])
     assert not torch.allclose(before[:, :, 150:], after[:, :, 150:])
+
+
+def test_probabilities_are_kept_while_they_are_no_larger_than_the_rest(monkeypatch) -> None:
+    q, k, v, _ = _inputs(128, (2, 2), torch.float64)
+    assert kernel._keeps_probabilities(64, 10, 6)
+    assert not kernel._keeps_probabilities(65, 10, 6)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        kernel.causal_attention(q.requires_grad_(), k, v, 0.3)
+    assert len(saved) == 3  # query, key and value
+
+
+def test_inputs_of_any_layout() -> None:
+    inputs = _inputs(100, (4, 2), torch.float64)
+    expected = _run(kernel.causal_attention, inputs)
+    packed = [t.contiguous() for t in inputs]
+    for own, want in zip(_run(kernel.causal_attention, packed), expected):
+        torch.testing.assert_close(own, want, rtol=1e-12, atol=1e-12)
 
 
 def test_short_sequences_take_torchs_kernel() -> None:
