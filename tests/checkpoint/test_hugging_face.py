@@ -309,3 +309,27 @@ def test_mtp_modules_without_copies_stay_without(tmp_path: Path) -> None:
     reader = imported(source, tmp_path / "ours")
     assert reader.meta["model"]["num_nextn_predict_layers"] == 1
     assert_same_bits(tensors_of(exported(tmp_path / "ours", tmp_path / "back")), tensors)
+
+
+def test_no_more_than_a_chunk_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_files, "_CHUNK_ELEMENTS", 3 * BLOCKY.hidden_size)
+    tensors = with_fp8(released_tensors(BLOCKY, dtype=torch.bfloat16))
+    source = write_folder(tmp_path / "hf", BLOCKY, tensors, quantization_config=QUANTIZATION)
+    sizes: list[int] = []
+    rows, flat = HfFolder.read, Reader.read
+
+    def read_rows(self: HfFolder, name: str, *range_: int) -> Tensor:
+        sizes.append((values := rows(self, name, *range_)).numel())
+        return values
+
+    def read_flat(self: Reader, name: str, *range_: int) -> Tensor:
+        sizes.append((values := flat(self, name, *range_)).numel())
+        return values
+
+    monkeypatch.setattr(HfFolder, "read", read_rows)
+    monkeypatch.setattr(Reader, "read", read_flat)
+    imported(source, tmp_path / "ours", "keep")
+    exported(tmp_path / "ours", tmp_path / "back")
+    assert len(sizes) > 500
+    # Rows that rotary permutation brings together lie within one head's rotary part.
+    assert max(sizes) <= (3 + BLOCKY.qk_rope_head_dim) * BLOCKY.hidden_size

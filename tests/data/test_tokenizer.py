@@ -84,6 +84,14 @@ def test_the_end_of_document_of_a_given_tokenizer(tmp_path):
         assert load_tokenizer(tmp_path).eos_id == 2
 
 
+@pytest.mark.parametrize("number", [2, [2, 0]])
+def test_the_end_of_document_of_a_generation_config(tmp_path, number):
+    write_words(tmp_path, "[STOP]")
+    text = json.dumps({"eos_token_id": number})
+    (tmp_path / "generation_config.json").write_text(text)
+    assert load_tokenizer(tmp_path).eos_id == 2
+
+
 def test_holes_in_a_vocabulary_count(tmp_path):
     inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<eos>": 9}, unk_token="a"))
     inner.save(str(tmp_path / "tokenizer.json"))

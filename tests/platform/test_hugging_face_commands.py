@@ -82,7 +82,7 @@ def test_fp8_is_kept_if_asked_for() -> None:
 
 def test_export_of_a_step_or_of_a_runs_newest(tmp_path: Path) -> None:
     call("import", "hf", "--out", "runs/mine/checkpoints/step-7", "--fp8", "keep")
-    output = call("export", "runs/mine", "--out", "back", "--max-shard-size", "40 KB")
+    output = call("export", "mine", "--out", "back", "--max-shard-size", "40 KB")
     first, second = output.splitlines()
     assert first.startswith("runs/mine/checkpoints/step-7: ")
     assert second == 'load it: transformers.AutoModelForCausalLM.from_pretrained("back")'

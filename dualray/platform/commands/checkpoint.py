@@ -99,10 +99,10 @@ def import_command(
 @app.command("export")
 def export_command(
     checkpoint: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="a step-N folder, or a run's folder for its newest checkpoint",
+            help="a step-N folder, or a run's name or folder for its newest checkpoint",
             show_default=False,
         ),
     ],
@@ -123,7 +123,7 @@ def export_command(
 
     limit = shard_bytes(max_shard_size)
     refuse_existing_out(out)
-    found = find(checkpoint)
+    found = find(_folder(checkpoint))
     for message in found.messages:
         typer.echo(f"warning: {message}", err=True)
     assert found.path is not None, "find raises when there is none"
@@ -158,14 +158,19 @@ def _bar(doing: str, size_bytes: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
+def _folder(name: str) -> Path:
+    """A folder by its path, or a run's by its name."""
+    path = Path(name)
+    named = Path("runs") / name
+    return named if not path.exists() and named.is_dir() else path
+
+
 def _checkpoints(name: str) -> list[Path]:
     """All checkpoints of the run that is meant, or else the folder itself."""
     # Reading checkpoints imports torch, 1.6 s that no other command should pay.
     from dualray.checkpoint.store import checkpoints_of, steps
 
-    path = Path(name)
-    if not path.exists() and (Path("runs") / name).is_dir():
-        path = Path("runs") / name
+    path = _folder(name)
     if not path.is_dir():
         raise CheckpointError(
             f"{name} is neither a folder nor a run in {Path('runs').absolute()}",
