@@ -35,7 +35,7 @@ check: $(VENV)/.installed
 	$(BIN)/python -m dualray.proto.generate --check
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/model.py
 
 proto: $(VENV)/.installed
 	$(BIN)/python -m dualray.proto.generate

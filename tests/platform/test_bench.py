@@ -1,19 +1,24 @@
-"""The training benchmark: both sides compute the same, and its records are whole."""
+"""`bench model`: both sides compute the same, and its records are whole."""
 
 from __future__ import annotations
 
 import builtins
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
-from support.models import tiny_config
+from support.models import tiny_config, whole_model
 from typer.testing import CliRunner
 
 from dualray.errors import ConfigError, RunError
 from dualray.parallel.optimizer import OptimizerConfig
-from dualray.platform.bench import training
-from dualray.platform.bench.hugging_face import HuggingFaceTrainer
+from dualray.platform.bench import model, training
+from dualray.platform.bench.decode import Decoder
+from dualray.platform.bench.decode_peer import DecodeCase, HuggingFaceDecoder, _check
+from dualray.platform.bench.hugging_face import HuggingFaceTrainer, new_model
+from dualray.platform.bench.model import Size
 from dualray.platform.bench.record import append
 from dualray.platform.bench.training import (
     CLIP_NORM,
@@ -128,12 +133,13 @@ def test_the_ratio_is_taken_pair_by_pair() -> None:
 
 @pytest.fixture
 def tiny_quick(monkeypatch):
-    monkeypatch.setattr(training, "QUICK", TINY)
+    cases = (DecodeCase(batch=2, context=9), DecodeCase(batch=1, context=20))
+    monkeypatch.setattr(model, "QUICK", Size(workload=TINY, cases=cases))
 
 
 def test_command_prints_json_and_appends_lines(tiny_quick, tmp_path) -> None:
     path = tmp_path / "results.jsonl"
-    arguments = ["training", "--quick", "--pairs", "1", "--record", str(path), "--json"]
+    arguments = ["model", "--quick", "--pairs", "1", "--record", str(path), "--json"]
     for number in (1, 2):
         done = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert done.exit_code == 0
@@ -141,32 +147,54 @@ def test_command_prints_json_and_appends_lines(tiny_quick, tmp_path) -> None:
         assert len(lines) == number
         assert json.loads(lines[-1]) == json.loads(done.stdout)
     record = json.loads(lines[0])
-    assert record["benchmark"] == "training"
+    assert record["benchmark"] == "model"
     assert record["machine"]["cpu"]
     assert record["machine"]["threads"] == torch.get_num_threads()
     assert record["versions"]["torch"] == torch.__version__
     assert record["versions"]["transformers"]
     assert record["config"]["model"]["n_routed_experts"] == 8
     assert record["config"]["batch_size"] * record["config"]["seq_len"] == TINY.tokens
-    assert [r["dtype"] for r in record["results"]] == ["fp32", "bf16"]
+    parts = [(r["part"], r["dtype"]) for r in record["results"]]
+    names = ["training", "memory", "decode", "decode"]
+    assert parts == [(name, dtype) for dtype in ("fp32", "bf16") for name in names]
     for result in record["results"]:
-        step_s = result["dualray"]["median_step_s"]
-        assert result["dualray"]["tokens_per_s"] == pytest.approx(TINY.tokens / step_s)
-        ratio = result["hugging_face"]["median_step_s"] / step_s
-        assert result["ratio"] == pytest.approx(ratio)
+        unit = "peak_bytes" if result["part"] == "memory" else "median_step_s"
+        ratio = result["hugging_face"][unit] / result["dualray"][unit]
+        assert result["ratio"] == pytest.approx(ratio)  # one pair
+    training_row, _, decode_row, _ = record["results"][:4]
+    for row, tokens in ((training_row, TINY.tokens), (decode_row, 2)):
+        step_s = row["dualray"]["median_step_s"]
+        assert row["dualray"]["tokens_per_s"] == pytest.approx(tokens / step_s)
 
 
 def test_command_prints_a_table(tiny_quick) -> None:
-    arguments = ["training", "--quick", "--pairs", "1", "--dtype", "fp32"]
-    done = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "100"})
+    arguments = ["model", "--quick", "--pairs", "1", "--dtype", "fp32"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "120"})
     assert done.exit_code == 0
-    first, head, ours, theirs, last = done.stdout.splitlines()
-    assert first.startswith("training, batch 2 x 24, ")
-    assert head.split()[:3] == ["dtype", "model", "step"]
-    assert ours.split()[:2] == ["fp32", "dualray"]
-    assert ours.split()[4].endswith("x")
-    assert theirs.split()[:3] == ["fp32", "Hugging", "Face"]
-    assert last.startswith("ratio is the median over 1 pairs of steps (fp32 ")
+    first, head, *rows, last = done.stdout.splitlines()
+    assert first.startswith("model, ")
+    assert head.split()[:3] == ["dtype", "what", "dualray"]
+    assert [re.split(r"  +", row.strip())[1] for row in rows] == [
+        "training, 2 x 24",
+        "memory of a step, 2 x 24",
+        "decode 2 at context 9",
+        "decode 1 at context 20",
+    ]
+    assert last.startswith("ratio: how many times faster, or smaller, dualray is")
+
+
+def test_decoding_something_else_is_refused() -> None:
+    config = replace(TINY.model, max_position_embeddings=64)
+    stage = whole_model(config)
+    ids_BS = torch.arange(12).view(1, 12).numpy()
+    sampled = Decoder(stage, ids_BS).step(12)[1]
+    theirs = HuggingFaceDecoder(new_model(config, stage), ids_BS)
+    first, again = theirs.step()[1], theirs.step()[1]
+    assert sampled[0].logprob == pytest.approx(first[0], abs=1e-5)
+    assert again == first  # the cache does not grow
+    with pytest.raises(RunError) as raised:
+        _check("fp32", "1 x 12", sampled, [first[0] - 0.01])
+    assert raised.value.sentence.startswith("decoding 1 x 12 in fp32, the likeliest token has")
 
 
 def test_without_transformers_one_sentence(monkeypatch) -> None:
@@ -178,11 +206,11 @@ def test_without_transformers_one_sentence(monkeypatch) -> None:
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    done = CliRunner().invoke(app, ["training", "--quick"])
+    done = CliRunner().invoke(app, ["model", "--quick"])
     assert isinstance(done.exception, ConfigError)
     assert done.exception.exit_code == 2
     assert str(done.exception) == (
-        "bench training compares with the package transformers, which is not installed; "
+        "bench model compares with the package transformers, which is not installed; "
         "install it with: pip install 'transformers>=5.20,<6'."
     )
 

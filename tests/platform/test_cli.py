@@ -27,8 +27,9 @@ SURFACE: dict[str, list[str]] = {
         "BEFORE", "AFTER", "--data", "--json", "--needles", "--record", "--windows",
     ],
     "bench attention": ["--data", "--json", "--out", "--quick", "--record"],
-    "bench training": [
-        "--dtype", "--json", "--pairs", "--quick", "--record", "--threads", "--warmup",
+    "bench model": [
+        "--compiled", "--dtype", "--json", "--no-compiled", "--pairs", "--quick", "--record",
+        "--threads",
     ],
     "checkpoint export": ["CHECKPOINT", "--json", "--max-shard-size", "--out"],
     "checkpoint import": ["HF_DIR", "--fp8", "--json", "--out"],

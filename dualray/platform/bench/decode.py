@@ -24,9 +24,12 @@ _PREFILL_TOKENS = 256  # of one sequence at a time, which bounds the scores in m
 
 
 class Decoder:
-    """A whole model whose cache holds the first rows of `ids_BS`, all but the last of each."""
+    """A whole model whose cache holds the rows of `ids_BS`; a step decodes one token of each.
 
-    def __init__(self, stage: Stage, ids_BS: np.ndarray) -> None:
+    `compiled` steps take a minute to prepare.
+    """
+
+    def __init__(self, stage: Stage, ids_BS: np.ndarray, *, compiled: bool = False) -> None:
         sequences, length = ids_BS.shape
         self._ids = ids_BS.tolist()
         blocks = blocks_for(length, BLOCK_SIZE)
@@ -38,6 +41,7 @@ class Decoder:
             LocalDispatch(stage.config.n_routed_experts),
             num_blocks=sequences * blocks,
             block_size=BLOCK_SIZE,
+            compile_batch=sequences if compiled else 0,
         )
         for index in range(sequences):
             for first in range(0, length, _PREFILL_TOKENS):

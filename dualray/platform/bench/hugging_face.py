@@ -28,7 +28,7 @@ def import_transformers() -> Any:
         import transformers
     except ImportError:
         raise ConfigError(
-            "bench training compares with the package transformers, which is not installed",
+            "bench model compares with the package transformers, which is not installed",
             hint="install it with: pip install 'transformers>=5.20,<6'",
         ) from None
     return transformers

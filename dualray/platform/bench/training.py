@@ -79,7 +79,7 @@ FULL = Workload(
         num_experts_per_tok=4,
         n_group=4,
         topk_group=2,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         initializer_range=0.02,
     ),
     batch_size=8,
@@ -246,7 +246,7 @@ def measure(
     on_pair: Callable[[int], None] = lambda done: None,
 ) -> Comparison:
     """`compare` for two sides that exist already."""
-    ids, labels = _batch(workload)
+    ids, labels = training_batch(workload)
     steps: list[tuple[tuple[float, float], tuple[float, float]]] = []
     for number in range(max(warmup, 2) + pairs):
         steps.append((_timed(ours, ids, labels), _timed(theirs, ids, labels)))
@@ -281,7 +281,7 @@ def _timed(side: Trainer, ids: Tensor, labels: Tensor) -> tuple[float, float]:
     return time.perf_counter() - started, loss
 
 
-def _batch(workload: Workload) -> tuple[Tensor, Tensor]:
+def training_batch(workload: Workload) -> tuple[Tensor, Tensor]:
     """ids and labels (B, S): windows of uniform random ids, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     shape = (workload.batch_size, workload.seq_len + 1)
