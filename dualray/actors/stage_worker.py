@@ -162,7 +162,7 @@ class StageWorker:
             digest.update(piece.tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def start_serving(self, limits: Limits) -> WorkerInfo:
+    def start_serving(self, limits: Limits, compile_batch: int) -> WorkerInfo:
         """Take a latent cache beside the weights that training left; nothing is copied."""
         trainer = self.trainer
         stages = {
@@ -171,6 +171,7 @@ class StageWorker:
                 trainer.dispatches[direction],
                 num_blocks=limits.num_blocks,
                 block_size=limits.block_size,
+                compile_batch=compile_batch,
             )
             for direction, stage in enumerate(trainer.schedule.stage_of[trainer.at.pipeline])
         }

@@ -32,6 +32,9 @@ class ServeConfig:
     """Tokens per block of the latent cache."""
     max_step_tokens: int = 2048
     """Tokens that one (replica, expert rank, direction) runs in a step, prompts included."""
+    compile_batch: int = 0
+    """Largest batch whose decode steps torch.compile prepares when serving starts, at up to a
+    minute for each power of two up to it; 0 for none. Faster for small batches."""
     max_waiting: int = 1024
     """Requests that may wait before new ones are refused."""
     max_request_s: float = 600.0
@@ -44,6 +47,12 @@ class ServeConfig:
                     f"serve.{field} is {getattr(self, field)} and must be at least 1",
                     hint=f"set serve.{field} to 1 or more",
                 )
+        if not 0 <= self.compile_batch <= self.max_batch:
+            raise ConfigError(
+                f"serve.compile_batch is {self.compile_batch} and must lie between 0 and "
+                f"serve.max_batch = {self.max_batch}",
+                hint="set serve.compile_batch to 1 for single requests, or leave it out",
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(
                 f"serve.port is {self.port} and must lie between 0 and 65535",

@@ -210,7 +210,7 @@ class Controller:
         before = [info.pid for info in gang.infos]
         self._enter(RunState.SWITCHING)
         started = time.time()
-        gang.call("start_serving", self._limits())
+        gang.call("start_serving", self._limits(), self._a.run.serve.compile_batch)
         digest = combined_digest(gang.call("digest"))
         step = self._a.first_step if self._training is None else self._training.steps_done
         ray.get(self._engine.serve.remote(step, digest))

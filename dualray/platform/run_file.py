@@ -83,6 +83,12 @@ class RunFile:
         )
         split_layers(self.model.num_hidden_layers, schedule.num_stages)
         contiguous_placement(self.model, self.layout.experts)
+        if self.serve.compile_batch and self.layout.experts > 1:
+            raise ConfigError(
+                f"serve.compile_batch is {self.serve.compile_batch} and layout.experts is "
+                f"{self.layout.experts}, but a step that exchanges tokens cannot be compiled",
+                hint="leave serve.compile_batch out, or serve with layout.experts=1",
+            )
         if self.train.dtype == "float64" and self.train.optimizer == "zero1":
             raise ConfigError(
                 "train.optimizer is zero1 and train.dtype is float64, but zero1 keeps fp32 masters",

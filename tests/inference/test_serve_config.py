@@ -27,6 +27,11 @@ def test_the_cache_holds_a_full_batch_of_full_length():
             "needs a token of each step; raise max_step_tokens or lower max_batch.",
         ),
         (
+            {"compile_batch": 3, "max_batch": 2},
+            "serve.compile_batch is 3 and must lie between 0 and serve.max_batch = 2; set "
+            "serve.compile_batch to 1 for single requests, or leave it out.",
+        ),
+        (
             {"max_context": 1},
             "serve.max_context is 1 and must hold a prompt token and a new one; set it to 2 or "
             "more, or leave it out.",

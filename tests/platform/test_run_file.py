@@ -264,6 +264,11 @@ def test_the_name_becomes_a_folder() -> None:
             "model.num_hidden_layers 4 is fewer than the 6 stages of layout.pipeline 6, and every "
             "stage needs a layer; set layout.pipeline to 4 or less.",
         ),
+        (
+            ["serve.compile_batch=1", "layout.experts=2"],
+            "serve.compile_batch is 1 and layout.experts is 2, but a step that exchanges tokens "
+            "cannot be compiled; leave serve.compile_batch out, or serve with layout.experts=1.",
+        ),
         (["layout.pipeline=3", "layout.schedule=dualpipe"], "layout.pipeline is 3 and "),
         (["train.micro_batches=5"], "train.micro_batches is 5 and "),
         (["train.micro_batches=2"], "train.micro_batches is 2 and "),
