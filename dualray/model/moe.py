@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dualray.kernels.combine import combine
 from dualray.kernels.grouped_gemm import row_multiple
-from dualray.kernels.permute import permute, replicate, sort_by_key
+from dualray.kernels.permute import replicate, sort_by_key
 from dualray.kernels.swiglu import swiglu
 from dualray.model.config import ModelConfig
 from dualray.model.context import Dispatched, Routing, WeightGradSink
@@ -124,11 +125,4 @@ class LocalDispatch:
         if isinstance(state, _ToAll):
             y_TED = y_ND.unflatten(0, (self.num_experts, -1)).transpose(0, 1)
             return torch.bmm(state.gates_TE.to(y_ND.dtype)[:, None], y_TED).squeeze(1)
-        # Sorted rows go back to (token, choice) order; the two permutations swap roles.
-        return weigh(permute(y_ND, state.inverse_N, state.order), state.gates_TK)
-
-
-def weigh(y_ND: Tensor, gates_TK: Tensor) -> Tensor:
-    """Gate-weighted sum of each token's rows: (T*K, D), (T, K) -> (T, D)."""
-    y_TKD = y_ND.unflatten(0, gates_TK.shape)
-    return torch.bmm(gates_TK.to(y_ND.dtype)[:, None], y_TKD).squeeze(1)
+        return combine(y_ND, state.gates_TK, state.order, state.inverse_N)

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dualray.kernels.combine import combine
 from dualray.kernels.grouped_gemm import row_multiple
 from dualray.kernels.permute import permute, replicate, sort_by_key
 from dualray.model.context import Dispatched, Routing
-from dualray.model.moe import weigh
 from dualray.parallel.groups import Group
 from dualray.parallel.placement import ExpertPlacement
 
@@ -99,4 +99,4 @@ class AllToAllDispatch:
         way: _WayBack = dispatched.state
         arrived = permute(y_ND, way.inverse_M, way.order)
         rows_ND = _AllToAll.apply(arrived, way.send, way.receive, self._group)
-        return weigh(permute(rows_ND, way.inverse_N, way.order_N), way.gates_TK)
+        return combine(rows_ND, way.gates_TK, way.order_N, way.inverse_N)
