@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
@@ -21,7 +22,7 @@ from dualray.platform.bench.hugging_face import logical_views, new_model
 
 @torch.no_grad()
 def fill(stage: Stage, seed: int) -> None:
-    """Weights that keep signals of order one; no norm, bias or correction bias is trivial."""
+    """Weights that keep signals of about order one; no norm, bias or correction bias is trivial."""
     generator = torch.Generator().manual_seed(seed)
     for name, view in logical_tensors(stage).items():
         values = torch.randn(view.shape, generator=generator)
@@ -32,7 +33,7 @@ def fill(stage: Stage, seed: int) -> None:
         elif name.endswith("norm.weight"):
             view.copy_(1 + 0.2 * values)
         else:
-            view.copy_(values * view.shape[-1] ** -0.5)
+            view.copy_(values * 0.7 * view.shape[-1] ** -0.5)
 
 
 def new_stage(config: ModelConfig, dtype: torch.dtype, seed: int) -> Stage:
@@ -102,18 +103,23 @@ def their_gradients(
     return views
 
 
-def worst_gradient(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The largest ||dg|| / ||g|| of any tensor.
+def worst_gradient(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, stacked: bool = False
+) -> float:
+    """The largest ||dg|| / ||g|| of any tensor; `stacked` takes a layer's experts as one.
 
     A gradient below a thousandth of all gradients' norm counts as that large: some are zero,
     such as that of a router whose single choice is normalised, but for rounding.
     """
     assert ours.keys() == theirs.keys()
-    total = torch.stack([grad.norm() for grad in theirs.values()]).norm()
-    return max(
-        ((ours[name] - grad).norm() / torch.maximum(grad.norm(), 1e-3 * total)).item()
-        for name, grad in theirs.items()
-    )
+    squares: dict[str, tuple[float, float]] = {}
+    for name, grad in theirs.items():
+        tensor = re.sub(r"\.experts\.\d+", ".experts", name) if stacked else name
+        wrong, whole = squares.get(tensor, (0.0, 0.0))
+        wrong += (ours[name] - grad).double().square().sum().item()
+        squares[tensor] = wrong, whole + grad.double().square().sum().item()
+    floor = 1e-6 * sum(whole for _, whole in squares.values())
+    return max(wrong / max(whole, floor) for wrong, whole in squares.values()) ** 0.5
 
 
 def worst_logit(ours: Tensor, theirs: Tensor) -> float:
@@ -164,7 +170,7 @@ def choice_gap(biased_E: Tensor, config: ModelConfig) -> float:
         grouped_Ge = grouped_Ge[order[: config.topk_group]]
     ranked = grouped_Ge.flatten().sort(descending=True).values
     K = config.num_experts_per_tok
-    if K < len(ranked):
+    if len(ranked) > K:
         gap = min(gap, (ranked[K - 1] - ranked[K]).item())
     return gap
 
