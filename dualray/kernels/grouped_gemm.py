@@ -36,6 +36,18 @@ def row_multiple(like: Tensor, rows_per_group: int) -> int:
     return _PADDED_ROWS
 
 
+def equal_groups_pay(like: Tensor) -> bool:
+    """Whether a batched product of equal groups beats ragged ones of a quarter of the rows.
+
+    16 tokens, 16 experts, top 4, one core: 6.5 against 12.5 ms in bf16, where every small product
+    costs oneDNN 30 us to start, and 10.6 against 7.9 ms in fp32. Ragged fp32 groups cannot be
+    compiled.
+    """
+    if like.device.type != "cpu":
+        return False
+    return like.dtype == torch.bfloat16 or torch.compiler.is_compiling()
+
+
 def grouped_mm(x_NK: Tensor, weight_eMK: Tensor, offsets_e: Tensor) -> Tensor:
     """x times the transpose of its group's weight: (N, K) x (e, M, K) -> (N, M).
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dualray.kernels.combine import combine
-from dualray.kernels.grouped_gemm import row_multiple
+from dualray.kernels.grouped_gemm import equal_groups_pay, row_multiple
 from dualray.kernels.permute import replicate, sort_by_key
 from dualray.kernels.swiglu import swiglu
 from dualray.model.config import ModelConfig
@@ -84,9 +84,9 @@ _FEW_TOKENS = 16
 class LocalDispatch:
     """All experts are here: dispatch is a sort by expert, combine the way back.
 
-    A few tokens that leave no expert out, as when a batch decodes, go to all experts instead
+    A few tokens that leave no expert out, as when a batch decodes, may go to all experts instead
     and count only where they were routed to: nothing is sorted, and every group has as many
-    rows, so that one batched product does for all experts (on a CPU with bf16 half the time).
+    rows, so that one batched product does for all experts.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -96,6 +96,7 @@ class LocalDispatch:
         num_rows = routing.experts_TK.numel()
         if (
             not torch.is_grad_enabled()
+            and equal_groups_pay(x_TD)
             and 0 < len(x_TD) <= _FEW_TOKENS
             and num_rows >= self.num_experts
         ):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.models import tiny_config
 
-from dualray.kernels.grouped_gemm import row_multiple
+from dualray.kernels.grouped_gemm import equal_groups_pay, row_multiple
 from dualray.model import moe
 from dualray.model.context import Routing
 from dualray.model.moe import Experts, LocalDispatch
@@ -52,7 +52,10 @@ def test_padding_changes_neither_outputs_nor_weight_gradients(dtype, monkeypatch
 
 
 @pytest.mark.parametrize("num_tokens", [3, 16])
-def test_a_few_tokens_at_all_experts_give_what_sorted_ones_give(num_tokens) -> None:
+def test_a_few_tokens_at_all_experts_give_what_sorted_ones_give(num_tokens, monkeypatch) -> None:
+    assert equal_groups_pay(torch.empty(0, dtype=torch.bfloat16))
+    assert not equal_groups_pay(torch.empty(0))
+    monkeypatch.setattr(moe, "equal_groups_pay", lambda like: True)
     config = tiny_config()
     generator = torch.Generator().manual_seed(0)
     experts = Experts(config, tuple(range(config.n_routed_experts))).double()
