@@ -36,5 +36,11 @@ def restore_files(reader: Reader, prefix: str, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        content = reader.read(name).numpy().tobytes()
-        (folder / name.removeprefix(f"{prefix}/")).write_bytes(content)
+        file = name.removeprefix(f"{prefix}/")
+        # A checkpoint may come from anyone; its files go into this folder and nowhere else.
+        if file in ("", ".", "..") or Path(file).name != file:
+            raise CheckpointError(
+                f"checkpoint {reader.folder} holds a file named {file!r}, which is no plain name",
+                hint="do not use this checkpoint",
+            )
+        (folder / file).write_bytes(reader.read(name).numpy().tobytes())
