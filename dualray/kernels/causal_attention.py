@@ -56,18 +56,21 @@ def torch_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSv: Tensor, scale: float
 
 def _strip_rows(like: Tensor) -> int:
     # Narrow strips waste less above the diagonal; bf16 products need more rows to be fast.
-    return 256 if like.element_size() == 2 else 64
+    return 256 if like.element_size() == 2 else 128
 
 
-def _tiles(q_BGMSd: Tensor) -> Iterator[tuple[int, slice, int, int]]:
-    """(sequence, key/value heads, first row, last row + 1) of every strip, few heads at a time."""
+def _heads(q_BGMSd: Tensor) -> Iterator[tuple[int, slice]]:
+    """(sequence, some key/value heads): what goes through one strip after the other."""
     B, G, M, S, _ = q_BGMSd.shape
-    rows = _strip_rows(q_BGMSd)
-    heads = max(1, _TILE_NUMEL // (M * rows * S))
+    count = max(1, _TILE_NUMEL // (M * _strip_rows(q_BGMSd) * S))
     for b in range(B):
-        for first in range(0, G, heads):
-            for start in range(0, S, rows):
-                yield b, slice(first, min(first + heads, G)), start, min(start + rows, S)
+        for first in range(0, G, count):
+            yield b, slice(first, min(first + count, G))
+
+
+def _strips(q_BGMSd: Tensor) -> list[tuple[int, int]]:
+    S, rows = q_BGMSd.shape[3], _strip_rows(q_BGMSd)
+    return [(start, min(start + rows, S)) for start in range(0, S, rows)]
 
 
 def _keeps_probabilities(S: int, d: int, v: int) -> bool:
@@ -75,11 +78,10 @@ def _keeps_probabilities(S: int, d: int, v: int) -> bool:
     return 4 * (d + v) >= S
 
 
-def _probabilities(q_nMRd: Tensor, k_nSd: Tensor, scale: float, future_RR: Tensor) -> Tensor:
-    """softmax of a strip's R rows over the first S keys: (n, M * R, S), in the dtype of k."""
-    n, M, R, d = q_nMRd.shape
-    q = (q_nMRd.to(k_nSd.dtype) * scale).reshape(n, M * R, d)
-    logits = torch.bmm(q, k_nSd.transpose(1, 2))
+def _probabilities(q_nMRd: Tensor, k_nSd: Tensor, future_RR: Tensor) -> Tensor:
+    """softmax of a strip's R rows of scaled queries over the first S keys: (n, M * R, S)."""
+    n, M, R, _ = q_nMRd.shape
+    logits = torch.bmm(q_nMRd.flatten(1, 2), k_nSd.transpose(1, 2))
     logits.view(n, M, R, -1)[..., -R:].add_(future_RR[:R, :R])
     return logits.softmax(-1)
 
@@ -89,44 +91,61 @@ class _StripAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSv: Tensor, scale: float, keep: bool
     ) -> Tensor:
-        q = q_BHSd.unflatten(1, (k_BGSd.shape[1], -1))
-        k, v = k_BGSd, v_BGSv
-        future, wide_k = _future(q), k.to(torch.promote_types(k.dtype, torch.float32))
-        out = _empty_rows(q, v.shape[-1])
+        q_BGMSd = q_BHSd.unflatten(1, (k_BGSd.shape[1], -1))
+        strips, future = _strips(q_BGMSd), _future(q_BGMSd)
+        out_BGMSv = _empty_rows(q_BGMSd, v_BGSv.shape[-1])
         kept = []
-        for b, g, start, end in _tiles(q):
-            p = _probabilities(q[b, g, :, start:end], wide_k[b, g, :end], scale, future)
-            p = p.to(v.dtype)
-            out[b, g, :, start:end] = torch.bmm(p, v[b, g, :end]).unflatten(1, (q.shape[2], -1))
-            if keep:
-                kept.append(p)
+        for b, g in _heads(q_BGMSd):
+            q = q_BGMSd[b, g].to(future.dtype) * scale
+            k, v, out = k_BGSd[b, g].to(future.dtype), v_BGSv[b, g], out_BGMSv[b, g]
+            for start, end in strips:
+                p = _probabilities(q[:, :, start:end], k[:, :end], future).to(v.dtype)
+                out[:, :, start:end] = torch.bmm(p, v[:, :end]).view(*q.shape[:2], end - start, -1)
+                if keep:
+                    kept.append(p)
         ctx.save_for_backward(q_BHSd, k_BGSd, v_BGSv, *kept)
         ctx.scale = scale
-        return out.flatten(1, 2)
+        return out_BGMSv.flatten(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BHSv: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q_BHSd, k, v, *kept = ctx.saved_tensors
-        q, dy = (x.unflatten(1, (k.shape[1], -1)) for x in (q_BHSd, dy_BHSv))
-        compute = torch.promote_types(q.dtype, torch.float32)
-        future, wide_k = _future(q), k if kept else k.to(compute)
-        dq = _empty_rows(q, q.shape[-1])
-        dk, dv = torch.zeros_like(k, dtype=compute), torch.zeros_like(v, dtype=compute)
-        for number, (b, g, start, end) in enumerate(_tiles(q)):
-            q_rows, dy_rows = (x[b, g, :, start:end].flatten(1, 2) for x in (q, dy))
-            if kept:
-                p = kept[number]
-            else:
-                strip = q[b, g, :, start:end]
-                p = _probabilities(strip, wide_k[b, g, :end], ctx.scale, future).to(v.dtype)
-            _add_bmm(dv[b, g, :end], p.transpose(1, 2), dy_rows, 1.0)
-            dp = torch.bmm(dy_rows, v[b, g, :end].transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq_rows = torch.bmm(ds, k[b, g, :end]).mul_(ctx.scale)
-            dq[b, g, :, start:end] = dq_rows.unflatten(1, (q.shape[2], -1))
-            _add_bmm(dk[b, g, :end], ds.transpose(1, 2), q_rows, ctx.scale)
-        return dq.flatten(1, 2), dk.to(k.dtype), dv.to(v.dtype), None, None
+        q_BHSd, k_BGSd, v_BGSv, *kept = ctx.saved_tensors
+        q_BGMSd, dy_BGMSv = (x.unflatten(1, (k_BGSd.shape[1], -1)) for x in (q_BHSd, dy_BHSv))
+        strips, future = _strips(q_BGMSd), _future(q_BGMSd)
+        dq_BGMSd = _empty_rows(q_BGMSd, q_BGMSd.shape[-1])
+        dk_BGSd = torch.zeros_like(k_BGSd, dtype=future.dtype)
+        dv_BGSv = torch.zeros_like(v_BGSv, dtype=future.dtype)
+        remaining = iter(kept)
+        for b, g in _heads(q_BGMSd):
+            q, dy = q_BGMSd[b, g].contiguous(), dy_BGMSv[b, g].contiguous()
+            k, v = k_BGSd[b, g], v_BGSv[b, g]
+            dq, dk, dv = dq_BGMSd[b, g], dk_BGSd[b, g], dv_BGSv[b, g]
+            wide_q = q if kept else q.to(future.dtype) * ctx.scale
+            wide_k = k if kept else k.to(future.dtype)
+            for start, end in strips:
+                if kept:
+                    p = next(remaining)
+                else:
+                    p = _probabilities(wide_q[:, :, start:end], wide_k[:, :end], future)
+                    p = p.to(v.dtype)
+                q_rows, dy_rows = (
+                    q[:, :, start:end].flatten(1, 2),
+                    dy[:, :, start:end].flatten(1, 2),
+                )
+                _add_bmm(dv[:, :end], p.transpose(1, 2), dy_rows, 1.0)
+                dp = torch.bmm(dy_rows, v[:, :end].transpose(1, 2))
+                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+                dq_rows = torch.bmm(ds, k[:, :end]).view(*q.shape[:2], end - start, -1)
+                torch.mul(dq_rows, ctx.scale, out=dq[:, :, start:end])
+                _add_bmm(dk[:, :end], ds.transpose(1, 2), q_rows, ctx.scale)
+        return (
+            dq_BGMSd.flatten(1, 2),
+            dk_BGSd.to(k_BGSd.dtype),
+            dv_BGSv.to(v_BGSv.dtype),
+            None,
+            None,
+        )
 
 
 def _empty_rows(like_BGMSd: Tensor, width: int) -> Tensor:

@@ -203,16 +203,15 @@ class CausalAttention:
 
     def attend(self, query: AttentionQuery, ctx: ForwardContext) -> Tensor:
         q, k, v = query.expand(ctx.weight_grads)
-        outs, start = [], 0
-        for length, count in _runs(ctx.seq_lens):
-            end = start + length * count
-            q_b, k_b, v_b = (
-                t[start:end].unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, v)
-            )
+        runs = _runs(ctx.seq_lens)
+        tokens = [length * count for length, count in runs]
+        assert sum(tokens) == len(q), f"sequence lengths sum to {sum(tokens)}, tokens are {len(q)}"
+        outs = []
+        # One run is its own split: a view, where a slice's backward would fill and copy.
+        for (length, count), *parts in zip(runs, *(t.split(tokens) for t in (q, k, v))):
+            q_b, k_b, v_b = (t.unflatten(0, (count, length)).transpose(1, 2) for t in parts)
             out = causal_attention(q_b, k_b, v_b, query.softmax_scale)
             outs.append(out.transpose(1, 2).flatten(0, 1))
-            start = end
-        assert start == len(q), f"sequence lengths sum to {start}, tokens are {len(q)}"
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

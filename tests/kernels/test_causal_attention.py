@@ -34,7 +34,7 @@ def _run(attend, inputs: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("keeps", [False, True], ids=["recomputed", "kept"])
 def test_output_and_gradients_equal_torch(keeps, heads, S, monkeypatch) -> None:
     monkeypatch.setattr(kernel, "_keeps_probabilities", lambda *_: keeps)
-    monkeypatch.setattr(kernel, "_TILE_NUMEL", 2 * 64 * S)
+    monkeypatch.setattr(kernel, "_TILE_NUMEL", 2 * 128 * S)
     inputs = _inputs(S, heads, torch.float64)
     assert S >= kernel._MIN_STRIPS_LEN
     for own, twin in zip(
