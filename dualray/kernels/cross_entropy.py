@@ -61,20 +61,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=compute, device=x_TD.device)
         dx_TD = torch.empty_like(x_TD) if gradients else x_TD
         dw_VD = torch.zeros_like(weight_VD, dtype=compute) if gradients else weight_VD
+        # One buffer for every chunk; the wide one is the same where no precision is added.
+        num_rows = min(CHUNK_ROWS, x_TD.shape[0])
+        narrow = x_TD.new_empty(num_rows, weight_VD.shape[0])
+        wide = narrow.to(compute)
         for start in range(0, x_TD.shape[0], CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             x_RD, label_R1 = x_TD[rows], labels_T[rows, None]
             valid_R1, label_R1 = label_R1 >= 0, label_R1.clamp(min=0)
-            shifted_RV = F.linear(x_RD, weight_VD).to(compute)
-            shifted_RV -= shifted_RV.amax(-1, keepdim=True)
-            chosen_R1 = shifted_RV.gather(1, label_R1)
-            exp_RV = shifted_RV.exp_()
-            sum_R1 = exp_RV.sum(-1, keepdim=True)
+            logits_RV, exp_RV = narrow[: len(x_RD)], wide[: len(x_RD)]
+            torch.mm(x_RD, weight_VD.t(), out=logits_RV)
+            torch.sub(exp_RV.copy_(logits_RV), logits_RV.amax(-1, keepdim=True), out=exp_RV)
+            chosen_R1 = exp_RV.gather(1, label_R1)
+            sum_R1 = exp_RV.exp_().sum(-1, keepdim=True)
             total += ((sum_R1.log() - chosen_R1) * valid_R1).sum()
             if gradients:
                 # (softmax - one hot) * sum: dividing the small factors spares a pass over V.
                 exp_RV.scatter_(1, label_R1, exp_RV.gather(1, label_R1) - sum_R1)
-                d_logits_RV = exp_RV.to(x_TD.dtype)
+                d_logits_RV = logits_RV.copy_(exp_RV)
                 scale_R1 = valid_R1 / sum_R1
                 dx_TD[rows] = (d_logits_RV @ weight_VD) * scale_R1
                 _add_mm(dw_VD, d_logits_RV.t(), (x_RD * scale_R1).to(x_TD.dtype))
