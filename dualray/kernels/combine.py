@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dualray.kernels.permute import permute
-
-_BLOCK_ROWS = 1024
-"""1 MiB at a width of 256 in fp32."""
+from dualray.kernels.permute import blocks, permute
 
 
 def combine(y_MD: Tensor, gates_TK: Tensor, order_M: Tensor, inverse_N: Tensor) -> Tensor:
@@ -33,12 +30,8 @@ def combine(y_MD: Tensor, gates_TK: Tensor, order_M: Tensor, inverse_N: Tensor) 
 
 def combine_reference(y_MD: Tensor, gates_TK: Tensor, order_M: Tensor, inverse_N: Tensor) -> Tensor:
     """The slow twin: sorted rows go to (token, choice) order, and are summed there."""
-    return _weigh(permute(y_MD, inverse_N, order_M), gates_TK)
-
-
-def _weigh(rows_ND: Tensor, gates_TK: Tensor) -> Tensor:
-    rows_TKD = rows_ND.unflatten(0, gates_TK.shape)
-    return torch.bmm(gates_TK.to(rows_ND.dtype)[:, None], rows_TKD).squeeze(1)
+    rows_TKD = permute(y_MD, inverse_N, order_M).unflatten(0, gates_TK.shape)
+    return torch.bmm(gates_TK.to(y_MD.dtype)[:, None], rows_TKD).squeeze(1)
 
 
 class _Combine(torch.autograd.Function):
@@ -47,7 +40,13 @@ class _Combine(torch.autograd.Function):
         ctx: Any, y_MD: Tensor, gates_TK: Tensor, order_M: Tensor, inverse_N: Tensor
     ) -> Tensor:
         ctx.save_for_backward(y_MD, gates_TK, order_M, inverse_N)
-        return _weigh(y_MD.index_select(0, inverse_N), gates_TK)
+        T, K = gates_TK.shape
+        out_TD = y_MD.new_empty(T, y_MD.shape[1])
+        gates, inverse_TK = gates_TK.to(y_MD.dtype)[:, None], inverse_N.view(T, K)
+        for tokens in blocks(out_TD, K):
+            rows = y_MD.index_select(0, inverse_TK[tokens].flatten()).unflatten(0, (-1, K))
+            torch.bmm(gates[tokens], rows, out=out_TD[tokens, None])
+        return out_TD
 
     @staticmethod
     @once_differentiable
@@ -61,9 +60,7 @@ class _Combine(torch.autograd.Function):
             gate_M = gate_M.masked_fill(order_M < 0, 0)
         gate_M = gate_M.to(y_MD.dtype)
         token_M = choice_M.div(gates_TK.shape[1], rounding_mode="floor")
-        block = _BLOCK_ROWS if y_MD.device.type == "cpu" else max(M, 1)
-        for start in range(0, M, block):
-            rows = slice(start, start + block)
+        for rows in blocks(y_MD):
             d_rows = torch.index_select(dy_TD, 0, token_M[rows], out=d_rows_MD[rows])
             d_gate_M[rows] = (d_rows.to(d_gate_M.dtype) * y_MD[rows]).sum(-1)
             d_rows.mul_(gate_M[rows, None])

@@ -6,11 +6,15 @@ scatter-add in either backward would be slower on CPU and non-deterministic on G
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+_BLOCK_NUMEL = 2**18
+"""1 MiB of fp32."""
 
 
 def sort_by_key(key_N: Tensor, num_keys: int, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,6 +38,14 @@ def sort_by_key(key_N: Tensor, num_keys: int, multiple: int = 1) -> tuple[Tensor
     padded = order.new_full((int(rows.sum()),), -1)
     padded[row] = order
     return padded, inverse, rows
+
+
+def blocks(like_TD: Tensor, copies: int = 1) -> Iterator[slice]:
+    """Slices of T such that `copies` times their rows stay in a CPU core's cache; else all of T."""
+    rows = len(like_TD)
+    step = _BLOCK_NUMEL // (copies * like_TD.shape[1]) if like_TD.device.type == "cpu" else rows
+    for start in range(0, rows, max(step, 1)):
+        yield slice(start, start + max(step, 1))
 
 
 def _gather(x_ND: Tensor, index: Tensor, num_real: int) -> Tensor:
@@ -80,8 +92,11 @@ class _Replicate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, None, None]:
         (inverse_N,) = ctx.saved_tensors
-        rows = dy_ND.index_select(0, inverse_N)
-        return rows.view(-1, ctx.copies, dy_ND.shape[1]).sum(1), None, None
+        dx_TD = dy_ND.new_empty(inverse_N.numel() // ctx.copies, dy_ND.shape[1])
+        for tokens in blocks(dx_TD, ctx.copies):
+            rows = dy_ND.index_select(0, inverse_N.view(-1, ctx.copies)[tokens].flatten())
+            torch.sum(rows.unflatten(0, (-1, ctx.copies)), 1, out=dx_TD[tokens])
+        return dx_TD, None, None
 
 
 def permute(x_ND: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
