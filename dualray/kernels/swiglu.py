@@ -1,6 +1,7 @@
 """SwiGLU that keeps its input alone, and writes both halves of its gradient into one tensor.
 
-Plain autograd keeps silu(gate) as well and concatenates two halves in its backward.
+Plain autograd keeps silu(gate) as well and concatenates two halves in its backward. On a CPU
+the backward goes by blocks whose temporaries stay in cache.
 N rows, F hidden width.
 """
 
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dualray.kernels.permute import blocks
+
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(first half) * second half of the last dim: (..., 2F) -> (..., F)."""
+    """silu(first half) * second half of each row: (N, 2F) -> (N, F)."""
     return _SwiGlu.apply(gate_up) if torch.is_grad_enabled() else swiglu_reference(gate_up)
 
 
@@ -36,9 +39,10 @@ class _SwiGlu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
         grad = torch.empty_like(gate_up)
-        d_gate, d_up = grad.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), dy, out=d_up)
-        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=d_gate)
+        for rows in blocks(gate_up):
+            gate, up = gate_up[rows].chunk(2, dim=-1)
+            d_gate, d_up = grad[rows].chunk(2, dim=-1)
+            torch.mul(F.silu(gate), dy[rows], out=d_up)
+            torch.ops.aten.silu_backward.grad_input(dy[rows] * up, gate, grad_input=d_gate)
         return grad

@@ -206,9 +206,10 @@ class CausalAttention:
         runs = _runs(ctx.seq_lens)
         tokens = [length * count for length, count in runs]
         assert sum(tokens) == len(q), f"sequence lengths sum to {sum(tokens)}, tokens are {len(q)}"
+        # A single run is not split: the backward would copy what it was made of.
+        split = [[t] if len(runs) == 1 else t.split(tokens) for t in (q, k, v)]
         outs = []
-        # One run is its own split: a view, where a slice's backward would fill and copy.
-        for (length, count), *parts in zip(runs, *(t.split(tokens) for t in (q, k, v))):
+        for (length, count), *parts in zip(runs, *split):
             q_b, k_b, v_b = (t.unflatten(0, (count, length)).transpose(1, 2) for t in parts)
             out = causal_attention(q_b, k_b, v_b, query.softmax_scale)
             outs.append(out.transpose(1, 2).flatten(0, 1))
