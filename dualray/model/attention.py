@@ -83,6 +83,11 @@ class HeadsQuery:
     v_TGV: Tensor
     softmax_scale: float
 
+    @property
+    def _key_values(self) -> int:
+        """How many values of a cached row are keys. There may be no token to look at."""
+        return self.k_TGd.shape[1:].numel()
+
     def cache_rows(self) -> Tensor:
         return torch.cat((self.k_TGd.flatten(1), self.v_TGV.flatten(1)), dim=-1)
 
@@ -93,10 +98,10 @@ class HeadsQuery:
         return self.q_THd
 
     def cache_keys(self, rows_L: Tensor) -> Tensor:
-        return rows_L[..., : self.k_TGd[0].numel()].unflatten(-1, self.k_TGd.shape[1:])
+        return rows_L[..., : self._key_values].unflatten(-1, self.k_TGd.shape[1:])
 
     def cache_values(self, rows_L: Tensor) -> Tensor:
-        return rows_L[..., self.k_TGd[0].numel() :].unflatten(-1, self.v_TGV.shape[1:])
+        return rows_L[..., self._key_values :].unflatten(-1, self.v_TGV.shape[1:])
 
     def cache_output(self, out_THc: Tensor) -> Tensor:
         return out_THc

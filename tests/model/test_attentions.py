@@ -92,6 +92,16 @@ def test_serving_gives_the_logits_of_training(kind):
     assert all(token == best for token, best in got)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_without_sequences_takes_part(kind):
+    """Its peers wait for it in every exchange, so it runs its layers on no token."""
+    config = tiny_config(num_nextn_predict_layers=0, **attention_changes(kind))
+    dispatch = LocalDispatch(config.n_routed_experts)
+    runner = StageRunner(whole_model(config), dispatch, num_blocks=1, block_size=4)
+    out = runner.run([], None)
+    assert (tuple(out.hidden_TD.shape), out.sampled) == ((0, config.hidden_size), [])
+
+
 def test_cached_values_a_token():
     def cached(kind):
         return tiny_config(**attention_changes(kind)).cache_dim
