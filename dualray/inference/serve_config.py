@@ -11,6 +11,9 @@ from dualray.inference.scheduler import Limits
 
 DEFAULT_CONTEXT = 4096
 """Tokens of context that nobody has to ask for."""
+MAX_COMPILED = 16
+"""Largest batch whose steps can be compiled: more tokens go to their experts in ragged groups,
+which torch.compile does not take in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class ServeConfig:
     """Tokens that one (replica, expert rank, direction) runs in a step, prompts included."""
     compile_batch: int = 0
     """Largest batch whose decode steps torch.compile prepares when serving starts, at up to a
-    minute for each power of two up to it; 0 for none. Faster for small batches."""
+    minute for each power of two up to it; at most 16, 0 for none. Faster for small batches."""
     max_waiting: int = 1024
     """Requests that may wait before new ones are refused."""
     max_request_s: float = 600.0
@@ -52,6 +55,11 @@ class ServeConfig:
                 f"serve.compile_batch is {self.compile_batch} and must lie between 0 and "
                 f"serve.max_batch = {self.max_batch}",
                 hint="set serve.compile_batch to 1 for single requests, or leave it out",
+            )
+        if self.compile_batch > MAX_COMPILED:
+            raise ConfigError(
+                f"serve.compile_batch is {self.compile_batch} and must be at most {MAX_COMPILED}",
+                hint=f"set serve.compile_batch to {MAX_COMPILED}, beyond which steps are not compiled",
             )
         if not 0 <= self.port <= 65535:
             raise ConfigError(

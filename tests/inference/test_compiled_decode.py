@@ -8,7 +8,9 @@ from support.models import attention_changes, tiny_config, whole_model
 from dualray.inference import compiled_decode
 from dualray.inference.plan import SampleSpec, SequencePlan
 from dualray.inference.runner import StageRunner
+from dualray.inference.serve_config import MAX_COMPILED
 from dualray.model.moe import LocalDispatch
+from dualray.model.stage import Stage
 
 BLOCK = 4
 
@@ -41,16 +43,21 @@ def served(stage, compile_batch):
     return results
 
 
-@pytest.mark.parametrize("kind", ["mla", "gqa"])
-def test_traced_decode_steps_choose_what_eager_ones_choose(kind, monkeypatch):
-    config = tiny_config(num_hidden_layers=2, num_nextn_predict_layers=0, **attention_changes(kind))
-    stage = whole_model(config)
-    eager = served(stage, 0)
+@pytest.fixture
+def traced_only(monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(
         compiled_decode.torch, "compile", lambda f, **k: compiled(f, backend="eager", **k)
     )
     torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_traced_decode_steps_choose_what_eager_ones_choose(kind):
+    config = tiny_config(num_hidden_layers=2, num_nextn_predict_layers=0, **attention_changes(kind))
+    stage = whole_model(config)
+    eager = served(stage, 0)
     for expected, got in zip(eager, served(stage, 2)):
         for one, other in zip(expected, got, strict=True):
             assert (one.request_id, one.token_id) == (other.request_id, other.token_id)
@@ -59,6 +66,18 @@ def test_traced_decode_steps_choose_what_eager_ones_choose(kind, monkeypatch):
             for (i, a), (j, b) in zip(one.top, other.top):
                 assert i == j
                 assert a == pytest.approx(b, abs=1e-5)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_more_steps_than_torch_compile_keeps_of_one_function():
+    """Under DualPipe a worker holds two stages, and a size is compiled for each of them."""
+    config = tiny_config(num_hidden_layers=2, num_nextn_predict_layers=0)
+    sizes = MAX_COMPILED.bit_length()  # 1, 2, 4 ... 16
+    assert 2 * sizes > torch._dynamo.config.recompile_limit, "a single code object would do"
+    dispatch = LocalDispatch(config.n_routed_experts)
+    for layers in (range(1), range(1, 2)):
+        stage = Stage(config, layers)
+        StageRunner(stage, dispatch, num_blocks=1, block_size=BLOCK, compile_batch=MAX_COMPILED)
 
 
 def test_only_steps_of_single_tokens_are_compiled(monkeypatch):

@@ -32,6 +32,11 @@ def test_the_cache_holds_a_full_batch_of_full_length():
             "serve.compile_batch to 1 for single requests, or leave it out.",
         ),
         (
+            {"compile_batch": 17, "max_batch": 32},
+            "serve.compile_batch is 17 and must be at most 16; set serve.compile_batch to 16, "
+            "beyond which steps are not compiled.",
+        ),
+        (
             {"max_context": 1},
             "serve.max_context is 1 and must hold a prompt token and a new one; set it to 2 or "
             "more, or leave it out.",
