@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dualray.kernels.permute import blocks, permute
+from dualray.kernels.blocks import blocks
+from dualray.kernels.permute import permute
 
 
 def combine(y_MD: Tensor, gates_TK: Tensor, order_M: Tensor, inverse_N: Tensor) -> Tensor:

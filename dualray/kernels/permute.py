@@ -6,15 +6,13 @@ scatter-add in either backward would be slower on CPU and non-deterministic on G
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK_NUMEL = 2**18
-"""1 MiB of fp32."""
+from dualray.kernels.blocks import blocks
 
 
 def sort_by_key(key_N: Tensor, num_keys: int, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,14 +36,6 @@ def sort_by_key(key_N: Tensor, num_keys: int, multiple: int = 1) -> tuple[Tensor
     padded = order.new_full((int(rows.sum()),), -1)
     padded[row] = order
     return padded, inverse, rows
-
-
-def blocks(like_TD: Tensor, copies: int = 1) -> Iterator[slice]:
-    """Slices of T such that `copies` times their rows stay in a CPU core's cache; else all of T."""
-    rows = len(like_TD)
-    step = _BLOCK_NUMEL // (copies * like_TD.shape[1]) if like_TD.device.type == "cpu" else rows
-    for start in range(0, rows, max(step, 1)):
-        yield slice(start, start + max(step, 1))
 
 
 def _gather(x_ND: Tensor, index: Tensor, num_real: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dualray.kernels.permute import blocks
+from dualray.kernels.blocks import blocks
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dualray.kernels import permute
+from dualray.kernels import blocks
 from dualray.kernels.combine import combine, combine_reference
 from dualray.kernels.permute import sort_by_key
 
@@ -12,7 +12,7 @@ from dualray.kernels.permute import sort_by_key
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("T", [0, 1, 23])
 def test_output_and_gradients_equal_the_twin(T, multiple, dtype, monkeypatch) -> None:
-    monkeypatch.setattr(permute, "_BLOCK_NUMEL", 8 * 5)
+    monkeypatch.setattr(blocks, "_BLOCK_NUMEL", 8 * 5)
     generator = torch.Generator().manual_seed(T)
     choices_TK = torch.rand(T, 6, generator=generator).topk(3).indices
     order, inverse, _ = sort_by_key(choices_TK.flatten(), 6, multiple)

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dualray.kernels import permute
+from dualray.kernels import blocks
 from dualray.kernels.swiglu import swiglu, swiglu_reference
 
 
 @pytest.mark.parametrize("shape", [(5, 14), (0, 8), (12, 2)], ids=str)
 def test_output_and_gradient_equal_the_twin(shape, monkeypatch) -> None:
-    monkeypatch.setattr(permute, "_BLOCK_NUMEL", 28)  # two rows of 14
+    monkeypatch.setattr(blocks, "_BLOCK_NUMEL", 28)  # two rows of 14
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
     out, twin = swiglu(x), swiglu_reference(x)
