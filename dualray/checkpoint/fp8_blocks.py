@@ -23,29 +23,35 @@ def scale_name(name: str) -> str:
     return f"{name}{SCALE_SUFFIX}"
 
 
-def block_of(quantization: Mapping[str, Any] | None) -> tuple[int, int]:
+def block_of(quantization: Any) -> tuple[int, int]:
     """Rows and columns of a block, from the `quantization_config` of a config.json.
 
     Raises CheckpointError unless it is block-wise FP8 as described above.
     """
+    if not isinstance(quantization, Mapping):
+        raise CheckpointError(
+            f"quantization_config of config.json is {quantization} and must say what the blocks of "
+            "FP8 weights are",
+            hint="take the config.json of the model, or the weights in bfloat16",
+        )
     wanted = {"quant_method": "fp8", "fmt": "e4m3"}
     for field, supported in wanted.items():
-        found = None if quantization is None else quantization.get(field, supported)
+        found = quantization.get(field, supported)
         if found != supported:
             raise CheckpointError(
                 f"quantization_config.{field} of config.json is {found} and dualray reads only "
                 f"{supported}",
                 hint="take the weights in bfloat16",
             )
-    block = None if quantization is None else quantization.get("weight_block_size")
+    block = quantization.get("weight_block_size")
     if (
         not isinstance(block, (list, tuple))
         or len(block) != 2
-        or any(not isinstance(side, int) or side < 1 for side in block)
+        or any(type(side) is not int or side < 1 for side in block)
     ):
         raise CheckpointError(
             f"quantization_config.weight_block_size of config.json is {block} and must be two "
-            "whole numbers",
+            "whole numbers above 0",
             hint="take the config.json of the model, or the weights in bfloat16",
         )
     return block[0], block[1]

@@ -21,7 +21,7 @@ from torch import Tensor
 from dualray.checkpoint import fp8_blocks
 from dualray.checkpoint.attached_files import file_piece
 from dualray.checkpoint.hf_files import HfFolder, refuse_existing_out, row_ranges
-from dualray.checkpoint.hf_names import copies_of_shared
+from dualray.checkpoint.hf_names import HEAD, copies_of_shared
 from dualray.checkpoint.hf_plan import ImportPlan, Target
 from dualray.checkpoint.manifest import DTYPE_NAMES, DTYPES, PieceEntry, TensorEntry
 from dualray.checkpoint.shard import Stream, write_streams
@@ -104,11 +104,18 @@ def _refuse_difference(source: HfFolder, name: str, original: str) -> None:
     for start, stop in row_ranges(main.num_rows if same else 0, main.width):
         ours, theirs = (source.read(n, start, stop).view(torch.uint8) for n in (name, original))
         same = same and torch.equal(ours, theirs)
-    if not same:
+    if same:
+        return
+    if name == HEAD:
         raise CheckpointError(
-            f"tensor {name} differs from {original}, and the MTP modules here share it",
-            hint="import the model without its MTP modules, or share the tensor",
+            f"tensor {name} differs from {original}, and tie_word_embeddings of config.json is "
+            "true",
+            hint="set it to false if the model has a head of its own",
         )
+    raise CheckpointError(
+        f"tensor {name} differs from {original}, and the MTP modules here share it",
+        hint="import the model without its MTP modules, or share the tensor",
+    )
 
 
 def _file_batches(targets: tuple[Target, ...]) -> Iterator[list[Target]]:

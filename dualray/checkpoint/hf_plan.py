@@ -81,12 +81,17 @@ def plan_import(source: HfFolder, *, fp8: str = "dequantise") -> ImportPlan:
     model = _with_depths_found(from_hugging_face(source.config), source, notes)
     wanted = expected_shapes(model)
     copies = tuple(name for name in copies_of_shared(model) if name in source.tensors)
-    scaled = {name for name in wanted if fp8_blocks.scale_name(name) in source.tensors}
-    known = wanted.keys() | {fp8_blocks.scale_name(name) for name in scaled}
-    _refuse_other_names(source, wanted.keys(), known | set(copies))
+    scaled = {
+        name
+        for name, shape in wanted.items()
+        if len(shape) == 2 and fp8_blocks.scale_name(name) in source.tensors
+    }
     block = (1, 1)
+    # Before the names, which other ways to quantise change.
     if scaled or source.config.get("quantization_config"):
         block = fp8_blocks.block_of(source.config.get("quantization_config"))
+    known = wanted.keys() | {fp8_blocks.scale_name(name) for name in scaled}
+    _refuse_other_names(source, wanted.keys(), known | set(copies))
     if not scaled and fp8 == "keep":
         notes.append("no weight of it is FP8, so there is nothing to keep")
     keep = bool(scaled) and fp8 == "keep"

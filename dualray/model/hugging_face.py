@@ -10,6 +10,7 @@ m(mscale) by m(mscale_all_dim): `from_hugging_face` follows transformers, and
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -58,6 +59,34 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Settings with one supported meaning, which absence has too."""
 
+_OPTIONAL: dict[str, type] = {
+    "architectures": list,
+    "num_nextn_predict_layers": int,
+    "num_mtp_layers": int,
+    "rope_theta": float,
+    "rope_interleave": bool,
+    "rope_scaling": dict,
+    "rope_parameters": dict,
+}
+"""Fields that may be absent or null."""
+
+_ROTARY: dict[str, type] = {
+    "original_max_position_embeddings": int,
+    **dict.fromkeys(
+        "rope_theta factor beta_fast beta_slow mscale mscale_all_dim attention_factor".split(),
+        float,
+    ),
+}
+"""The same of the rotary parameters."""
+
+_KINDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
 
 def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
     """The architecture that a `config.json` of model type `deepseek_v3` describes.
@@ -71,8 +100,8 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
     for name, default in _DEFAULTS.items():
         value = config.get(name, default)
         values[name] = _NULL_MEANS.get(name, value) if value is None else value
-    for name in "routed_scaling_factor rms_norm_eps initializer_range".split():
-        values[name] = float(values[name])
+        if type(default) is float:
+            values[name] = float(values[name])
     # Hugging Face lets it exceed the layers, with the same meaning.
     values["first_k_dense_replace"] = min(
         values["first_k_dense_replace"], values["num_hidden_layers"]
@@ -155,6 +184,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             f"model_type of config.json is {model_type} and dualray reads {MODEL_TYPE}",
             hint="import a model of the DeepSeek-V3 architecture",
         )
+    _refuse_other_kinds(config)
     architectures = config.get("architectures") or [ARCHITECTURE]
     if ARCHITECTURE not in architectures:
         raise ConfigError(
@@ -162,17 +192,41 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             f"reads {ARCHITECTURE}",
             hint="import a causal language model",
         )
-    for name in _SIZES:
-        if config.get(name) is None:
-            raise ConfigError(
-                f"{name} is missing in config.json", hint="take the config.json of the model"
-            )
     for name, supported in _FIXED.items():
         if name in config and config[name] not in supported:
             raise _unsupported(name, config[name], supported[0])
     key_value_heads = config.get("num_key_value_heads")
     if key_value_heads not in (None, config["num_attention_heads"]):
         raise _unsupported("num_key_value_heads", key_value_heads, config["num_attention_heads"])
+
+
+def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
+    for name in _SIZES:
+        if config.get(name) is None:
+            raise ConfigError(
+                f"{name} is missing in config.json", hint="take the config.json of the model"
+            )
+        _expect(name, config[name], int)
+    for name, default in _DEFAULTS.items():
+        value = config.get(name, default)
+        if value is not None or name not in ("q_lora_rank", *_NULL_MEANS):
+            _expect(name, value, type(default))
+    for name, kind in _OPTIONAL.items():
+        if config.get(name) is not None:
+            _expect(name, config[name], kind)
+    rope = _rope(config)
+    for name, kind in _ROTARY.items():
+        if rope.get(name) is not None:
+            _expect(f"rope_scaling.{name}", rope[name], kind)
+
+
+def _expect(name: str, value: Any, kind: type) -> None:
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if not fits or (kind is float and not math.isfinite(value)):
+        raise ConfigError(
+            f"{name} of config.json is {json.dumps(value)} and must be {_KINDS[kind]}",
+            hint="take the config.json of the model",
+        )
 
 
 def _unsupported(name: str, value: Any, supported: Any) -> ConfigError:

@@ -203,11 +203,15 @@ def test_configurations_of_another_model(source: Path) -> None:
             "quantization_config.quant_method of config.json is gptq and dualray reads only fp8; "
             "take the weights in bfloat16.",
         ),
+        (
+            {"weight_block_size": [128, True]},
+            "quantization_config.weight_block_size of config.json",
+        ),
         ({"fmt": "e5m2"}, "quantization_config.fmt of config.json is e5m2 and dualray reads only"),
         (
             {"weight_block_size": None},
             "quantization_config.weight_block_size of config.json is None and must be two whole "
-            "numbers; take the config.json of the model, or the weights in bfloat16.",
+            "numbers above 0; take the config.json of the model, or the weights in bfloat16.",
         ),
         (
             {"weight_block_size": [64, 16]},
@@ -221,6 +225,41 @@ def test_fp8_of_another_kind(tmp_path: Path, change: dict[str, Any], sentence: s
     quantization = QUANTIZATION | change
     source = write_folder(tmp_path / "hf", CONFIG, tensors, quantization_config=quantization)
     assert refusal(source, fp8="keep").startswith(sentence)
+
+
+def test_fp8_that_config_json_says_nothing_of(tmp_path: Path) -> None:
+    tensors = with_fp8(released_tensors(CONFIG, dtype=torch.bfloat16))
+    for odd in (None, "fp8"):
+        source = write_folder(tmp_path / "hf", CONFIG, tensors, quantization_config=odd)
+        assert refusal(source) == (
+            f"quantization_config of config.json is {odd} and must say what the blocks of FP8 "
+            "weights are; take the config.json of the model, or the weights in bfloat16."
+        )
+        shutil.rmtree(source)
+
+
+def test_scales_of_what_is_no_matrix(tmp_path: Path) -> None:
+    tensors = released_tensors(CONFIG) | {f"{NORM}_scale_inv": torch.ones(1)}
+    source = write_folder(tmp_path / "hf", CONFIG, tensors, quantization_config=QUANTIZATION)
+    assert f"HF has tensor {NORM}_scale_inv that the model of its" in refusal(source)
+
+
+def test_weights_that_something_else_quantised(source: Path) -> None:
+    """They have other names, which must not be what is complained about."""
+    edit_tensors(source, lambda tensors: tensors.update({"lm_head.qweight": tensors.pop(HEAD)}))
+    edit(source / "config.json", lambda v: v.update(quantization_config={"quant_method": "awq"}))
+    assert refusal(source) == (
+        "quantization_config.quant_method of config.json is awq and dualray reads only fp8; take "
+        "the weights in bfloat16."
+    )
+
+
+def test_a_tied_head_that_differs(source: Path) -> None:
+    edit(source / "config.json", lambda values: values.update(tie_word_embeddings=True))
+    assert refusal(source) == (
+        f"tensor {HEAD} differs from model.embed_tokens.weight, and tie_word_embeddings of "
+        "config.json is true; set it to false if the model has a head of its own."
+    )
 
 
 def test_out_exists(source: Path, tmp_path: Path) -> None:

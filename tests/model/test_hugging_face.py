@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -233,6 +234,23 @@ def test_which_tensors_have_rotary_rows() -> None:
         (
             {"rope_scaling": RELEASED["rope_scaling"] | {"truncate": False}},
             "rope_scaling.truncate of config.json is False and",
+        ),
+        (
+            {"hidden_size": "7168"},
+            'hidden_size of config.json is "7168" and must be a whole number; take the config.json '
+            "of the model.",
+        ),
+        ({"num_hidden_layers": True}, "num_hidden_layers of config.json is true and must be a"),
+        ({"n_shared_experts": 1.5}, "n_shared_experts of config.json is 1.5 and must be a whole"),
+        ({"num_nextn_predict_layers": "1"}, 'num_nextn_predict_layers of config.json is "1" and'),
+        ({"rms_norm_eps": None}, "rms_norm_eps of config.json is null and must be a finite number"),
+        ({"rope_theta": math.inf}, "rope_theta of config.json is Infinity and must be a finite"),
+        ({"norm_topk_prob": "no"}, 'norm_topk_prob of config.json is "no" and must be true or'),
+        ({"architectures": "x"}, 'architectures of config.json is "x" and must be a list'),
+        ({"rope_scaling": "yarn"}, 'rope_scaling of config.json is "yarn" and must be an object'),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": "4"}},
+            'rope_scaling.factor of config.json is "4" and must be a finite number',
         ),
         ({"qk_rope_head_dim": 63}, "model.qk_rope_head_dim is 63 and must be even"),
     ],
