@@ -59,7 +59,7 @@ class ServeConfig:
         if self.compile_batch > MAX_COMPILED:
             raise ConfigError(
                 f"serve.compile_batch is {self.compile_batch} and must be at most {MAX_COMPILED}",
-                hint=f"set serve.compile_batch to {MAX_COMPILED}, beyond which steps are not compiled",
+                hint=f"set serve.compile_batch to {MAX_COMPILED}; larger steps are not compiled",
             )
         if not 0 <= self.port <= 65535:
             raise ConfigError(

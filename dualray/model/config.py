@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dualray.errors import ConfigError
@@ -11,7 +12,10 @@ ATTENTIONS = ("mla", "mha", "gqa", "mqa")
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
-    """YaRN context extension of the decoupled rotary part (arXiv 2309.00071)."""
+    """YaRN context extension of the decoupled rotary part (arXiv 2309.00071).
+
+    A section `rope_scaling`, of `model` or of `extend`.
+    """
 
     factor: float
     """Extension factor s over the original context."""
@@ -29,15 +33,21 @@ class YarnConfig:
     def __post_init__(self) -> None:
         if not 1.0 <= self.factor < float("inf"):
             raise ConfigError(
-                f"model.rope_scaling.factor is {self.factor} and must be finite and at least 1",
-                hint="remove rope_scaling to keep the original context",
+                f"rope_scaling.factor is {self.factor} and must be finite and at least 1",
+                hint="set it to how many times longer the context becomes",
             )
         for field in "original_max_position_embeddings beta_fast beta_slow".split():
             if not 0 < getattr(self, field) < float("inf"):
                 raise ConfigError(
-                    f"model.rope_scaling.{field} is {getattr(self, field)} and must be finite and "
-                    "above 0",
-                    hint=f"set model.rope_scaling.{field} as the model's config.json has it",
+                    f"rope_scaling.{field} is {getattr(self, field)} and must be finite and above "
+                    "0",
+                    hint=f"set rope_scaling.{field} as the model's config.json has it",
+                )
+        for field in "mscale mscale_all_dim".split():
+            if not math.isfinite(getattr(self, field)):
+                raise ConfigError(
+                    f"rope_scaling.{field} is {getattr(self, field)} and must be finite",
+                    hint=f"set rope_scaling.{field} to 1, or leave it out",
                 )
 
 
@@ -130,6 +140,12 @@ class ModelConfig:
                     f"model.{field} is {getattr(self, field)} and must be finite and above 0",
                     hint=f"set model.{field} to its usual value",
                 )
+        if self.rope_scaling is not None and self.rope_theta <= 1:
+            raise ConfigError(
+                f"model.rope_theta is {self.rope_theta} and must be above 1 under rope_scaling, "
+                "which tells slow rotations from fast ones",
+                hint="set model.rope_theta to its usual value",
+            )
         if self.qk_rope_head_dim % 2:
             raise ConfigError(
                 f"model.qk_rope_head_dim is {self.qk_rope_head_dim} and must be even, since "
@@ -184,7 +200,7 @@ class ModelConfig:
             if rank is not None and not is_mla:
                 raise ConfigError(
                     f"model.{field} is {rank} and model.attention {self.attention} has no latent",
-                    hint=f"remove model.{field}, or set model.attention to mla",
+                    hint=f"set model.{field} to null, or model.attention to mla",
                 )
             if rank is not None and rank < 1:
                 raise ConfigError(
@@ -198,13 +214,19 @@ class ModelConfig:
                 f"{int(is_mla)}",
                 hint=f"set model.qk_nope_head_dim to {int(is_mla)} or more",
             )
-        if (self.attention == "gqa") != (self.num_key_value_heads is not None):
-            raise ConfigError(
-                f"model.num_key_value_heads is {self.num_key_value_heads} and model.attention is "
-                f"{self.attention}, but it is for gqa, which needs it",
-                hint="set both, or neither",
-            )
         heads = self.num_key_value_heads
+        if self.attention == "gqa" and heads is None:
+            raise ConfigError(
+                "model.num_key_value_heads is missing, and model.attention gqa shares keys among "
+                "heads",
+                hint="set model.num_key_value_heads to a divisor of model.num_attention_heads",
+            )
+        if self.attention != "gqa" and heads is not None:
+            raise ConfigError(
+                f"model.num_key_value_heads is {heads} and model.attention is {self.attention}, "
+                "but only gqa has a choice of them",
+                hint="set model.num_key_value_heads to null, or model.attention to gqa",
+            )
         if heads is not None and (heads < 1 or self.num_attention_heads % heads):
             raise ConfigError(
                 f"model.num_attention_heads {self.num_attention_heads} is not divisible by "

@@ -76,6 +76,11 @@ class Phase:
         """Where the corpus, cut into this phase's windows, goes on behind the tokens before."""
         return -(-self.tokens_before // self.train.seq_len)
 
+    @property
+    def section(self) -> str:
+        """What the phase is called in the run file."""
+        return _name(self.number) if self.number else "train"
+
     def tokens_per_step(self, layout: Layout) -> int:
         return self.train.global_sequences(layout) * self.train.seq_len
 

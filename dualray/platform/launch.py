@@ -17,7 +17,7 @@ from dualray.actors.stage_worker import phase_loader
 from dualray.checkpoint.reader import Reader, expect
 from dualray.checkpoint.store import find
 from dualray.data.dataset import TokenDataset
-from dualray.errors import CheckpointError, ConfigError, RunError
+from dualray.errors import CheckpointError, ConfigError, DataError, RunError
 from dualray.model.config import ModelConfig
 from dualray.model.count import count_parameters
 from dualray.parallel.phases import Phase, phase_behind
@@ -67,7 +67,7 @@ def plan_training(run: RunFile, *, resume: bool, console: Console) -> Assignment
         found = find(Path(run.train.init_from))
         _say(found.messages, console)
         reader = _reader(found.path)
-        expect(reader, _with_positions_of(reader, run.model, console), dataset.tokenizer_sha256)
+        _expect_but_for_positions(reader, run.model, dataset.tokenizer_sha256, console)
         start = reader.folder.absolute()
     return Assignment(run=run, folder=folder, trains=True, restore_from=start)
 
@@ -110,17 +110,23 @@ def _reader(path: Path | None) -> Reader:
     return Reader(path)
 
 
-def _with_positions_of(reader: Reader, model: ModelConfig, console: Console) -> dict[str, Any]:
-    """The model as a dict, with the checkpoint's context: weights do not depend on it."""
+def _expect_but_for_positions(
+    reader: Reader, model: ModelConfig, tokenizer_sha256: str, console: Console
+) -> None:
+    """As `expect`, but says no more than a word about another context: weights do not depend on
+    it."""
     values, theirs = asdict(model), reader.meta["model"]
-    for field in _POSITIONS:
-        if field in theirs and theirs[field] != values[field]:
-            console.note(
-                f"model.{field} is {values[field]} here and {theirs[field]} in {reader.folder}, "
-                "whose weights go on with the one here"
-            )
-            values[field] = theirs[field]
-    return values
+    other = {
+        field: theirs[field]
+        for field in _POSITIONS
+        if field in theirs and theirs[field] != values[field]
+    }
+    expect(reader, values | other, tokenizer_sha256)
+    for field, value in other.items():
+        console.note(
+            f"model.{field} is {values[field]} here and {value} in {reader.folder}, "
+            "whose weights go on with the one here"
+        )
 
 
 def _refuse_other_steps(reader: Reader, run: RunFile, phase: Phase) -> None:
@@ -150,7 +156,12 @@ def _refuse_little_data(run: RunFile, dataset: TokenDataset) -> None:
         )
     for phase in run.phases():
         loader = phase_loader(dataset, phase, seed=run.seed)
-        loader.batch(phase.first_step, phase.train.global_sequences(run.layout))
+        try:
+            loader.batch(phase.first_step, phase.train.global_sequences(run.layout))
+        except DataError as error:
+            raise DataError(
+                error.sentence, hint=error.hint.replace("train.", f"{phase.section}.")
+            ) from None
 
 
 def summary_of(assignment: Assignment) -> RunSummary:

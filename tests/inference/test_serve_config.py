@@ -33,8 +33,8 @@ def test_the_cache_holds_a_full_batch_of_full_length():
         ),
         (
             {"compile_batch": 17, "max_batch": 32},
-            "serve.compile_batch is 17 and must be at most 16; set serve.compile_batch to 16, "
-            "beyond which steps are not compiled.",
+            "serve.compile_batch is 17 and must be at most 16; set serve.compile_batch to 16; "
+            "larger steps are not compiled.",
         ),
         (
             {"max_context": 1},

@@ -142,8 +142,12 @@ def test_query_heads_that_share_a_key_are_neighbours():
         ({"qk_nope_head_dim": 0}, "model.qk_nope_head_dim is 0 and must be at least 1"),
         (
             {"num_key_value_heads": 2},
-            "model.num_key_value_heads is 2 and model.attention is mla, but it is for gqa, which "
-            "needs it",
+            "model.num_key_value_heads is 2 and model.attention is mla, but only gqa has a choice "
+            "of them",
+        ),
+        (
+            attention_changes("gqa") | {"num_key_value_heads": None},
+            "model.num_key_value_heads is missing, and model.attention gqa shares keys among heads",
         ),
         (
             attention_changes("gqa") | {"num_key_value_heads": 3},

@@ -27,9 +27,18 @@ def test_a_query_compression_to_nothing_is_refused(rank: int) -> None:
         ("original_max_position_embeddings", 0),
         ("beta_fast", 0.0),
         ("beta_slow", float("nan")),
+        ("mscale", float("nan")),
+        ("mscale_all_dim", float("inf")),
     ],
 )
 def test_yarn_needs_numbers_whose_logarithms_exist(field: str, value: float) -> None:
     values = {"factor": 4.0, "original_max_position_embeddings": 16} | {field: value}
-    with pytest.raises(ConfigError, match=rf"^model\.rope_scaling\.{field} is {value} and must be"):
+    with pytest.raises(ConfigError, match=rf"^rope_scaling\.{field} is {value} and must be"):
         YarnConfig(**values)
+
+
+def test_yarn_needs_rotations_of_different_speed() -> None:
+    yarn = YarnConfig(factor=4.0, original_max_position_embeddings=16)
+    assert tiny_config(rope_theta=1.0).rope_theta == 1.0
+    with pytest.raises(ConfigError, match=r"^model\.rope_theta is 1\.0 and must be above 1 under"):
+        tiny_config(rope_theta=1.0, rope_scaling=yarn)

@@ -138,8 +138,14 @@ def test_no_steps_need_something_to_extend(run, tmp_path) -> None:
 def test_a_phase_that_the_corpus_is_too_short_for(run) -> None:
     huge = {"steps": 1, "seq_len": 512, "lr": 1e-3, "micro_batch_size": 50}
     tiny = run(extend=EXTEND | {"phases": [huge]})
-    with pytest.raises(DataError, match=r"the train split has \d+ sequences of 512 tokens and one"):
+    with pytest.raises(
+        DataError, match=r"the train split has \d+ sequences of 512 tokens"
+    ) as caught:
         plan_training(tiny, resume=False, console=console()[0])
+    assert caught.value.hint == (
+        "give more text, or lower extend.phases.0.seq_len, extend.phases.0.micro_batches or "
+        "extend.phases.0.micro_batch_size"
+    )
 
 
 # Training
@@ -270,6 +276,16 @@ def test_weights_do_not_depend_on_the_context(run) -> None:
     other = {"preset": "tiny", "rope_theta": 5e4}
     with pytest.raises(CheckpointError, match=r"model\.rope_theta is 50000.0 here but 10000.0 in"):
         plan_training(run("theta", model=other, train=warm), resume=False, console=told)
+
+    # A refusal is one sentence, with no word about the context before it.
+    told, stream = console()
+    with pytest.raises(CheckpointError, match=r"model\.rope_theta is 50000\.0"):
+        plan_training(
+            run("both", model=own | {"rope_theta": 5e4}, extend=None, train=warm | {"steps": 4}),
+            resume=False,
+            console=told,
+        )
+    assert stream.getvalue() == ""
 
 
 # Serving
