@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from dualray.checkpoint.fp8_blocks import scale_name, scale_shape
-from dualray.checkpoint.hf_files import row_ranges
 from dualray.checkpoint.hf_names import copies_of_shared, expected_shapes
+from dualray.checkpoint.hf_rows import row_ranges
 from dualray.checkpoint.shard import Stream, write_streams
 from dualray.model.config import ModelConfig
 from dualray.model.hugging_face import to_hugging_face

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from dualray.checkpoint import fp8_blocks
 from dualray.checkpoint.attached_files import restore_files
-from dualray.checkpoint.hf_files import CONFIG, INDEX, SINGLE, refuse_existing_out, row_ranges
+from dualray.checkpoint.hf_files import CONFIG, INDEX, SINGLE, refuse_existing_out
 from dualray.checkpoint.hf_import import TOKEN_IDS, TOKENIZER
-from dualray.checkpoint.hf_names import copies_of_shared, expected_shapes
+from dualray.checkpoint.hf_names import HEAD, copies_of_shared, expected_shapes
+from dualray.checkpoint.hf_rows import in_order
 from dualray.checkpoint.reader import Reader
-from dualray.checkpoint.shard import Stream, write_file, write_streams
+from dualray.checkpoint.shard import Stream, batches, write_file, write_streams
 from dualray.checkpoint.whole_model import stored_model
 from dualray.checkpoint.writer import begin_at, fsync_dir, writing
 from dualray.model.config import ModelConfig
@@ -63,22 +64,23 @@ def export_checkpoint(
     refuse_existing_out(out)
     reader = Reader(checkpoint)
     model = stored_model(reader)
-    streams = list(_streams(reader, model, progress))
+    streams = list(_streams(reader, model))
     config = _config(reader, model, streams, eos_id)
     temporary = begin_at(out)
     try:
         with writing(temporary):
+            # First: what is written after them refuses to replace a file.
+            if any(name.startswith(f"{TOKENIZER}/") for name in reader.names()):
+                restore_files(reader, TOKENIZER, temporary)
             shards = _shards(streams, max_shard_bytes)
             for file, batch in shards.items():
-                write_streams(temporary / file, batch, {"format": "pt"})
+                write_streams(temporary / file, batch, {"format": "pt"}, progress)
             size_bytes = sum(stream.nbytes for stream in streams)
             if list(shards) != [SINGLE]:
                 files = {stream.key: file for file, batch in shards.items() for stream in batch}
                 index = {"metadata": {"total_size": size_bytes}, "weight_map": files}
                 _write_json(temporary / INDEX, index)
             _write_json(temporary / CONFIG, config)
-            if any(name.startswith(f"{TOKENIZER}/") for name in reader.names()):
-                restore_files(reader, TOKENIZER, temporary)
             if not (temporary / GENERATION_CONFIG).exists():
                 ids = {field: config[field] for field in TOKEN_IDS if config[field] is not None}
                 _write_json(temporary / GENERATION_CONFIG, {"_from_model_config": True, **ids})
@@ -107,21 +109,19 @@ def _config(
     return config
 
 
-def _streams(
-    reader: Reader, model: ModelConfig, progress: Callable[[int], None]
-) -> Iterator[Stream]:
+def _streams(reader: Reader, model: ModelConfig) -> Iterator[Stream]:
     """Everything that a folder of the model holds, checked but not read."""
     block = (1, 1)
     if reader.meta.get("quantization_config") is not None:
         block = fp8_blocks.block_of(reader.meta["quantization_config"])
 
     def stream(key: str, name: str, rows: Tensor | None) -> Stream:
-        def chunks() -> Iterator[Tensor]:
-            for chunk in _chunks(reader, name, rows):
-                yield chunk
-                progress(chunk.nbytes)
-
-        return Stream(key=key, shape=reader.shape(name), dtype=reader.dtype(name), chunks=chunks)
+        return Stream(
+            key=key,
+            shape=reader.shape(name),
+            dtype=reader.dtype(name),
+            chunks=lambda: _chunks(reader, name, rows),
+        )
 
     for name, shape in expected_shapes(model).items():
         reader.expect_shape(name, shape)
@@ -134,7 +134,7 @@ def _streams(
     copies = copies_of_shared(model)
     present = reader.meta.get("hugging_face", {}).get("copies")
     if present is None:  # trained here: as released, a tied head once and MTP's copies
-        present = [name for name in copies if name not in ("lm_head.weight",)]
+        present = [name for name in copies if name != HEAD]
     for name in present:
         yield stream(name, copies[name], None)
 
@@ -143,33 +143,21 @@ def _chunks(reader: Reader, name: str, rows: Tensor | None) -> Iterator[Tensor]:
     """Stored values in the order of `rows` (row of ours for each of theirs)."""
     num_rows, *columns = reader.shape(name)
     width = math.prod(columns)
-    for start, stop in row_ranges(num_rows, width):
-        wanted = torch.arange(start, stop) if rows is None else rows[start:stop]
-        first, last = int(wanted.min()), int(wanted.max()) + 1
-        values = reader.read(name, first * width, (last - first) * width)
-        if rows is not None:
-            dtype = values.dtype
-            values = values.view(torch.uint8).view(last - first, -1)[wanted - first].view(dtype)
-        yield values
+
+    def read(start: int, stop: int) -> Tensor:
+        return reader.read(name, start * width, (stop - start) * width).view(-1, *columns)
+
+    return (values for _, values in in_order(rows, num_rows, width, read))
 
 
 def _shards(streams: list[Stream], max_shard_bytes: int) -> dict[str, list[Stream]]:
-    """Streams by file name, in order; a tensor larger than a shard has one of its own."""
-    assert max_shard_bytes > 0, "a file holds a byte at least"
-    batches: list[list[Stream]] = [[]]
-    room = max_shard_bytes
-    for stream in streams:
-        if batches[-1] and stream.nbytes > room:
-            batches.append([])
-            room = max_shard_bytes
-        batches[-1].append(stream)
-        room -= stream.nbytes
-    if len(batches) == 1:
-        return {SINGLE: batches[0]}
-    count = len(batches)
+    """Streams by file name."""
+    parts = list(batches(streams, max_shard_bytes))
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
     return {
-        f"model-{number:05d}-of-{count:05d}.safetensors": batch
-        for number, batch in enumerate(batches, start=1)
+        f"model-{number:05d}-of-{len(parts):05d}.safetensors": part
+        for number, part in enumerate(parts, start=1)
     }
 
 

@@ -11,7 +11,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +45,6 @@ _TOKENIZER_PATTERNS = (
 )
 """What belongs to the text side of a model; generation_config.json names its end token."""
 
-_CHUNK_ELEMENTS = 1 << 22
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones too
 
 
@@ -79,13 +79,14 @@ class HfFolder:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder} is not a folder",
-                hint=f"name a Hugging Face model's folder, which has {CONFIG} in it",
-            )
-        self.config = _read_json(folder / CONFIG)
-        self.tensors = _tensors(folder)
+        with _reading(folder):
+            if not folder.is_dir():
+                raise CheckpointError(
+                    f"{folder} is not a folder",
+                    hint=f"name a Hugging Face model's folder, which has {CONFIG} in it",
+                )
+            self.config = _read_json(folder / CONFIG)
+            self.tensors = _tensors(folder)
         self._descriptors: dict[Path, int] = {}
 
     def __enter__(self) -> HfFolder:
@@ -107,16 +108,17 @@ class HfFolder:
         dtype = DTYPES[tensor.dtype]
         stop = tensor.num_rows if stop is None else stop
         out = torch.empty((stop - start, *tensor.shape[1:]), dtype=dtype)
-        if tensor.path not in self._descriptors:
-            self._descriptors[tensor.path] = os.open(tensor.path, os.O_RDONLY)
         buffer: Any = out.view(-1).view(torch.uint8).numpy()
         target = memoryview(buffer)
         offset = tensor.offset + start * tensor.width * dtype.itemsize
-        while target:
-            count = os.preadv(self._descriptors[tensor.path], [target], offset)
-            if count == 0:
-                raise _damaged(tensor.path, "has become shorter while it was read")
-            target, offset = target[count:], offset + count
+        with _reading(tensor.path):
+            if tensor.path not in self._descriptors:
+                self._descriptors[tensor.path] = os.open(tensor.path, os.O_RDONLY)
+            while target:
+                count = os.preadv(self._descriptors[tensor.path], [target], offset)
+                if count == 0:
+                    raise _damaged(tensor.path, "has become shorter while it was read")
+                target, offset = target[count:], offset + count
         return out
 
     def tokenizer_files(self) -> list[Path]:
@@ -126,9 +128,15 @@ class HfFolder:
 
 
 def _tensors(folder: Path) -> dict[str, HfTensor]:
-    if (folder / INDEX).is_file():
+    single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
+    if single and index:
+        raise CheckpointError(
+            f"{folder} has both {SINGLE} and {INDEX}",
+            hint="remove what is not of this version of the model",
+        )
+    if index:
         return _indexed(folder)
-    if (folder / SINGLE).is_file():
+    if single:
         return {tensor.name: tensor for tensor in _header(folder / SINGLE)}
     raise CheckpointError(
         f"{folder} has neither {SINGLE} nor {INDEX}",
@@ -167,7 +175,7 @@ def _header(path: Path) -> list[HfTensor]:
     """What lies in one safetensors file, checked against the file's length."""
     size = path.stat().st_size
     try:
-        with open(path, "rb") as file:
+        with _reading(path), open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size - 8, _LONGEST_HEADER):
                 raise ValueError("the header does not fit into the file")
@@ -194,13 +202,6 @@ def _header(path: Path) -> list[HfTensor]:
     return tensors
 
 
-def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of the rows that are in memory together: 4 Mi elements, or one row."""
-    step = max(_CHUNK_ELEMENTS // max(width, 1), 1)
-    for start in range(0, num_rows, step):
-        yield start, min(start + step, num_rows)
-
-
 def refuse_existing_out(out: Path) -> None:
     """Raises CheckpointError if the folder that a command shall make is there."""
     if out.exists():
@@ -211,12 +212,26 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", hint="download it too")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with _reading(path):
+            text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("no object")
     except ValueError as error:
         raise _damaged(path, "is not a JSON object") from error
     return values
+
+
+@contextmanager
+def _reading(path: Path) -> Generator[None, None, None]:
+    """Says in one sentence what the operating system refused."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {error.filename or path} ({error.strerror})",
+            hint="check the path, the disk and the permissions there",
+        ) from error
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from dualray.checkpoint import fp8_blocks
 from dualray.checkpoint.attached_files import file_piece
-from dualray.checkpoint.hf_files import HfFolder, refuse_existing_out, row_ranges
+from dualray.checkpoint.hf_files import HfFolder, refuse_existing_out
 from dualray.checkpoint.hf_names import HEAD, copies_of_shared
 from dualray.checkpoint.hf_plan import ImportPlan, Target
-from dualray.checkpoint.manifest import DTYPE_NAMES, DTYPES, PieceEntry, TensorEntry
-from dualray.checkpoint.shard import Stream, write_streams
+from dualray.checkpoint.hf_rows import in_order, row_ranges
+from dualray.checkpoint.manifest import DTYPE_NAMES, PieceEntry, TensorEntry
+from dualray.checkpoint.shard import Stream, batches, write_streams
 from dualray.checkpoint.writer import (
     FILE_LIMIT_BYTES,
     RankFiles,
@@ -63,12 +64,12 @@ def import_checkpoint(
     temporary = begin_at(out)
     try:
         files, tensors = {}, {}
-        for number, batch in enumerate(_file_batches(plan.targets)):
+        streams = [_stream(source, plan, target) for target in plan.targets]
+        for number, batch in enumerate(batches(streams, FILE_LIMIT_BYTES)):
             file = f"rank-00000-{number:05d}.safetensors"
             with writing(temporary / file):
-                streams = [_stream(source, plan, target, progress) for target in batch]
-                files[file] = write_streams(temporary / file, streams)
-            for stream in streams:
+                files[file] = write_streams(temporary / file, batch, progress=progress)
+            for stream in batch:
                 tensors[stream.key] = _entry(stream, file)
         with writing(temporary):
             fsync_dir(temporary)
@@ -118,48 +119,28 @@ def _refuse_difference(source: HfFolder, name: str, original: str) -> None:
     )
 
 
-def _file_batches(targets: tuple[Target, ...]) -> Iterator[list[Target]]:
-    """Groups of targets that share a file; a larger one has its own."""
-    batch: list[Target] = []
-    room = FILE_LIMIT_BYTES
-    for target in targets:
-        nbytes = target.source.numel * target.dtype.itemsize
-        if batch and nbytes > room:
-            yield batch
-            batch, room = [], FILE_LIMIT_BYTES
-        batch.append(target)
-        room -= nbytes
-    if batch:
-        yield batch
-
-
-def _stream(
-    source: HfFolder, plan: ImportPlan, target: Target, progress: Callable[[int], None]
-) -> Stream:
-    def chunks() -> Iterator[Tensor]:
-        for chunk in _chunks(source, plan, target):
-            yield chunk
-            progress(chunk.nbytes)
-
-    return Stream(key=target.name, shape=target.source.shape, dtype=target.dtype, chunks=chunks)
+def _stream(source: HfFolder, plan: ImportPlan, target: Target) -> Stream:
+    return Stream(
+        key=target.name,
+        shape=target.source.shape,
+        dtype=target.dtype,
+        chunks=lambda: _chunks(source, plan, target),
+    )
 
 
 def _chunks(source: HfFolder, plan: ImportPlan, target: Target) -> Iterator[Tensor]:
     tensor = target.source
     scales = None if target.scales is None else source.read(target.scales.name)
-    for start, stop in row_ranges(tensor.num_rows, tensor.width):
-        rows = torch.arange(start, stop) if target.rows is None else target.rows[start:stop]
-        first, last = int(rows.min()), int(rows.max()) + 1
-        values = source.read(tensor.name, first, last)
-        if target.rows is not None:
-            values = values.view(torch.uint8).view(len(values), -1)[rows - first]
-            values = values.view(DTYPES[tensor.dtype])
+
+    def read(start: int, stop: int) -> Tensor:
+        return source.read(tensor.name, start, stop)
+
+    for rows, values in in_order(target.rows, tensor.num_rows, tensor.width, read):
         if scales is not None:
             values = fp8_blocks.dequantised(values, rows, scales, plan.block)
         yield values.to(target.dtype)
 
 
 def _entry(stream: Stream, file: str) -> TensorEntry:
-    numel = stream.nbytes // stream.dtype.itemsize
-    piece = PieceEntry(file=file, key=stream.key, start=0, count=numel)
+    piece = PieceEntry(file=file, key=stream.key, start=0, count=stream.numel)
     return TensorEntry(shape=stream.shape, dtype=DTYPE_NAMES[stream.dtype], pieces=(piece,))

@@ -39,8 +39,12 @@ class Stream:
     """Its values in row-major order, cut anywhere; called once."""
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 def write_shard(path: Path, tensors: Sequence[tuple[str, tuple[int, ...], Tensor]]) -> FileEntry:
@@ -52,10 +56,31 @@ def write_shard(path: Path, tensors: Sequence[tuple[str, tuple[int, ...], Tensor
     return write_streams(path, [stream(*item) for item in tensors])
 
 
+def batches(streams: Iterable[Stream], limit_bytes: int) -> Iterator[list[Stream]]:
+    """Groups streams into files, in order; one that no file could hold has its own."""
+    assert limit_bytes > 0, "a file holds a byte at least"
+    batch: list[Stream] = []
+    room = limit_bytes
+    for stream in streams:
+        if batch and stream.nbytes > room:
+            yield batch
+            batch, room = [], limit_bytes
+        batch.append(stream)
+        room -= stream.nbytes
+    if batch:
+        yield batch
+
+
 def write_streams(
-    path: Path, streams: Sequence[Stream], metadata: dict[str, str] | None = None
+    path: Path,
+    streams: Sequence[Stream],
+    metadata: dict[str, str] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> FileEntry:
-    """Writes streams into a new file, one after the other; `metadata` is the header's own."""
+    """Writes streams into a new file, one after the other.
+
+    `metadata` is the header's own; `progress` is told bytes written.
+    """
     # Widest elements first keep every tensor aligned without padding, which the format forbids.
     streams = sorted(streams, key=lambda stream: -stream.dtype.itemsize)
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
@@ -78,6 +103,7 @@ def write_streams(
                 assert chunk.dtype == stream.dtype, f"{stream.key}: a chunk of {chunk.dtype}"
                 written += chunk.nbytes
                 yield chunk.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+                progress(chunk.nbytes)
             assert written == stream.nbytes, f"{stream.key}: {written} of {stream.nbytes} bytes"
 
     return write_file(path, chunks())

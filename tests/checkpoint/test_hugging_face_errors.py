@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from support.hugging_face import QUANTIZATION, released_tensors, with_fp8, write
 from support.models import tiny_config
 from torch import Tensor
 
-from dualray.checkpoint import hf_export, hf_import
+from dualray.checkpoint import hf_export, hf_files, hf_import
 from dualray.checkpoint.hf_export import export_checkpoint
 from dualray.checkpoint.hf_files import HfFolder
 from dualray.checkpoint.hf_import import import_checkpoint
@@ -117,6 +118,34 @@ def test_files_that_are_damaged(source: Path) -> None:
     for name, text in ((INDEX, "{"), ("config.json", "[]")):
         (source / name).write_text(text)
         assert refusal(source) == f"HF/{name} is not a JSON object; download it again."
+
+
+def test_two_versions_of_the_weights(source: Path) -> None:
+    """transformers would take the single file."""
+    shutil.copy(source / FIRST, source / "model.safetensors")
+    assert refusal(source) == (
+        f"HF has both model.safetensors and {INDEX}; remove what is not of this version of the "
+        "model."
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", SECOND])
+def test_a_disk_that_cannot_be_read(source: Path, name: str) -> None:
+    (source / name).unlink()
+    (source / name).symlink_to("/proc/self/mem")  # its first byte cannot be read
+    assert refusal(source).startswith(f"cannot read HF/{name} (Input/output error); check")
+
+
+def test_a_disk_that_fails_later(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(hf_files.os, "preadv", fail)
+    assert re.fullmatch(
+        r"cannot read HF/model-0000[12]-of-00002\.safetensors \(Input/output error\); check the "
+        r"path, the disk and the permissions there\.",
+        refusal(source),
+    )
 
 
 def test_an_index_of_other_files(source: Path) -> None:
@@ -293,7 +322,7 @@ def test_a_full_disk_leaves_nothing(
 ) -> None:
     run_import(source)
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write_streams", refuse)

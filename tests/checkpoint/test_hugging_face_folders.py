@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file
+from support.checkpoints import save_stage
 from support.hugging_face import (
     QUANTIZATION,
     dequantise,
@@ -19,11 +20,11 @@ from support.hugging_face import (
     with_fp8,
     write_folder,
 )
-from support.models import tiny_config, training_context
+from support.models import tiny_config, training_context, whole_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from dualray.checkpoint import hf_files, trainer_state
+from dualray.checkpoint import hf_rows, trainer_state
 from dualray.checkpoint.hf_export import export_checkpoint
 from dualray.checkpoint.hf_files import HfFolder
 from dualray.checkpoint.hf_import import import_checkpoint
@@ -94,7 +95,7 @@ def logits_of(stage: Stage, ids_BS: Tensor) -> Tensor:
 
 @pytest.fixture(params=[1 << 22, 100], ids=["whole", "few rows at a time"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_files, "_CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(hf_rows, "_CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +298,16 @@ def test_tokenizer_files_come_back_byte_for_byte(tmp_path: Path) -> None:
         assert (back / name).read_bytes() == (source / name).read_bytes(), name
 
 
+def test_an_attached_file_takes_no_place_of_the_models(tmp_path: Path) -> None:
+    stage = whole_model(tiny_config(num_nextn_predict_layers=0))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "config.json").write_text("{}")
+    folder = save_stage(stage, tmp_path, tokenizer=tmp_path / "texts")
+    with pytest.raises(CheckpointError, match=r"cannot write .*File exists"):
+        exported(folder, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 def test_mtp_modules_without_copies_stay_without(tmp_path: Path) -> None:
     config: ModelConfig = tiny_config(num_nextn_predict_layers=1)
     tensors = released_tensors(config)
@@ -312,7 +323,7 @@ def test_mtp_modules_without_copies_stay_without(tmp_path: Path) -> None:
 
 
 def test_no_more_than_a_chunk_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_files, "_CHUNK_ELEMENTS", 3 * BLOCKY.hidden_size)
+    monkeypatch.setattr(hf_rows, "_CHUNK_ELEMENTS", 3 * BLOCKY.hidden_size)
     tensors = with_fp8(released_tensors(BLOCKY, dtype=torch.bfloat16))
     source = write_folder(tmp_path / "hf", BLOCKY, tensors, quantization_config=QUANTIZATION)
     sizes: list[int] = []
