@@ -11,13 +11,11 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dualray.checkpoint import fp8_blocks
@@ -26,6 +24,7 @@ from dualray.checkpoint.hf_files import CONFIG, INDEX, SINGLE, refuse_existing_o
 from dualray.checkpoint.hf_import import TOKEN_IDS, TOKENIZER
 from dualray.checkpoint.hf_names import HEAD, copies_of_shared, expected_shapes
 from dualray.checkpoint.hf_rows import in_order
+from dualray.checkpoint.manifest import most_common_dtype
 from dualray.checkpoint.reader import Reader
 from dualray.checkpoint.shard import Stream, batches, write_file, write_streams
 from dualray.checkpoint.whole_model import stored_model
@@ -96,11 +95,8 @@ def export_checkpoint(
 def _config(
     reader: Reader, model: ModelConfig, streams: list[Stream], eos_id: int | None
 ) -> dict[str, Any]:
-    counts: Counter[torch.dtype] = Counter()
-    for stream in streams:
-        fp8 = stream.dtype is torch.float8_e4m3fn
-        counts[torch.bfloat16 if fp8 else stream.dtype] += stream.nbytes // stream.dtype.itemsize
-    config = to_hugging_face(model, counts.most_common(1)[0][0])
+    dtype = most_common_dtype((stream.dtype, stream.numel) for stream in streams)
+    config = to_hugging_face(model, dtype)
     ids = {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": None}
     known = reader.meta.get("hugging_face", {})
     config |= ids | {field: known[field] for field in TOKEN_IDS if field in known}

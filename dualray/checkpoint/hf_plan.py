@@ -7,7 +7,6 @@ been written when it refuses.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from dualray.checkpoint import fp8_blocks
 from dualray.checkpoint.hf_files import HfFolder, HfTensor
 from dualray.checkpoint.hf_names import copies_of_shared, expected_shapes
-from dualray.checkpoint.manifest import DTYPES
+from dualray.checkpoint.manifest import DTYPES, most_common_dtype
 from dualray.errors import CheckpointError
 from dualray.model.config import ModelConfig
 from dualray.model.hugging_face import from_hugging_face, is_interleaved, rotary_rows
@@ -115,7 +114,7 @@ def plan_import(source: HfFolder, *, fp8: str = "dequantise") -> ImportPlan:
         copies=copies,
         block=block,
         quantization=dict(source.config["quantization_config"]) if keep else None,
-        dtype=_most_common_dtype(targets),
+        dtype=most_common_dtype((t.dtype, t.source.numel) for t in targets),
         tokenizer_sha256=(
             hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None
         ),
@@ -210,11 +209,3 @@ def _kept(target: Target, block: tuple[int, int]) -> Target:
                 hint="write --fp8 dequantise",
             )
     return replace(target, dtype=torch.float8_e4m3fn, scales=None)
-
-
-def _most_common_dtype(targets: list[Target]) -> torch.dtype:
-    counts: Counter[torch.dtype] = Counter()
-    for target in targets:
-        fp8 = target.dtype is torch.float8_e4m3fn
-        counts[torch.bfloat16 if fp8 else target.dtype] += target.source.numel
-    return counts.most_common(1)[0][0]

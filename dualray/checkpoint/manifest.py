@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,15 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """safetensors' names of the dtypes a checkpoint can hold."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def most_common_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """That of most elements, from (dtype, elements) pairs; FP8 counts as the bfloat16 that it is
+    scaled to."""
+    counts: Counter[torch.dtype] = Counter()
+    for dtype, numel in sizes:
+        counts[torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype] += numel
+    return counts.most_common(1)[0][0]
 
 
 class DamagedError(CheckpointError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from dualray.checkpoint.manifest import most_common_dtype
 from dualray.checkpoint.reader import Reader
 from dualray.errors import CheckpointError
 from dualray.model.config import ModelConfig
@@ -12,8 +13,6 @@ from dualray.model.init import logical_tensors
 from dualray.model.rope import Rope
 from dualray.model.router import Router
 from dualray.model.stage import Stage
-
-_NEVER_QUANTISED = "model.norm.weight"
 
 
 def stored_model(reader: Reader) -> ModelConfig:
@@ -35,15 +34,19 @@ def load_stage(
 ) -> Stage:
     """The stage that holds every layer, MTP modules included, filled from the checkpoint.
 
-    `dtype` is that of weights and activations, by default the one they are stored in (FP8
-    blocks are scaled; they compute in the dtype of the norms). Router biases stay fp32 at
+    `dtype` is that of weights and activations, by default the one that most of them are stored
+    in (FP8 blocks are scaled, to bfloat16). Router biases stay fp32 at
     least. Memory is the model's own. Raises CheckpointError if a tensor is missing or has
     another shape.
     """
     config = stored_model(reader)
-    dtype = reader.dtype(_NEVER_QUANTISED) if dtype is None else dtype
     with torch.device("meta"):
-        stage = Stage(config).to(dtype)
+        stage = Stage(config)
+        if dtype is None:
+            dtype = most_common_dtype(
+                (reader.dtype(name), view.numel()) for name, view in logical_tensors(stage).items()
+            )
+        stage = stage.to(dtype)
         for router in (module for module in stage.modules() if isinstance(module, Router)):
             bias = router.e_score_correction_bias
             router.e_score_correction_bias = bias.to(torch.promote_types(dtype, torch.float32))

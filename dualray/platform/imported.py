@@ -1,10 +1,9 @@
-"""What an imported model lacks to be served and trained like a run of our own, and what its
-export takes from a run."""
+"""What an imported model lacks to be served and trained like a run of our own, and how large the
+files of an export may be."""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,7 @@ import torch
 import yaml
 
 import dualray
-from dualray.checkpoint.attached_files import restore_files
-from dualray.checkpoint.hf_import import TOKENIZER
 from dualray.checkpoint.hf_plan import ImportPlan
-from dualray.checkpoint.reader import Reader
 from dualray.data.loader import DataConfig
 from dualray.data.tokenizer import load_tokenizer
 from dualray.errors import ConfigError
@@ -31,7 +27,8 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 def imported_run(plan: ImportPlan, source: Path, out: Path) -> dict[str, Any]:
     """`run` and `versions` of the manifest: a run file with which `dualray serve` can begin.
 
-    It is named after the folder, computes in the weights' dtype and has trained nothing.
+    It is named after the folder, computes in the weights' dtype (fp16 in fp32) and has trained
+    nothing.
     Raises DataError for a tokenizer that cannot be read, ConfigError for one with too many ids.
     """
     if plan.tokenizer_sha256 is not None:
@@ -52,6 +49,8 @@ def imported_run(plan: ImportPlan, source: Path, out: Path) -> dict[str, Any]:
             steps=1,
             seq_len=min(plan.model.max_position_embeddings, DEFAULT_CONTEXT),
             dtype="float32" if plan.dtype is torch.float16 else dtype,
+            # zero1 keeps fp32 masters, which float64 does not fit into.
+            optimizer="adamw" if plan.dtype is torch.float64 else "zero1",
         ),
     )
     return {
@@ -67,15 +66,6 @@ def model_section(model: ModelConfig) -> str:
     defaults = {field.name: field.default for field in fields(ModelConfig)}
     own = {key: value for key, value in values.items() if value != defaults[key]}
     return yaml.safe_dump({"model": own}, sort_keys=False)
-
-
-def end_of_text(reader: Reader) -> int | None:
-    """The id that ends a text by the checkpoint's tokenizer; None if it has none."""
-    if not any(name.startswith(f"{TOKENIZER}/tokenizer.json") for name in reader.names()):
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        restore_files(reader, TOKENIZER, Path(folder))
-        return load_tokenizer(folder).eos_id
 
 
 def shard_bytes(text: str) -> int:

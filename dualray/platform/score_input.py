@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from dualray.checkpoint.attached_files import restore_files
 from dualray.checkpoint.reader import Reader
-from dualray.data.tokenizer import load_tokenizer
-from dualray.errors import DataError
+from dualray.errors import CheckpointError, DataError
 from dualray.model.config import ModelConfig
+from dualray.platform.stored_tokenizer import stored_tokenizer
 
 
 def read_tokens(path: Path, model: ModelConfig) -> list[list[int]]:
@@ -41,9 +39,12 @@ def read_text(path: Path, reader: Reader, model: ModelConfig) -> list[list[int]]
     but the first is scored once. Raises DataError or CheckpointError.
     """
     text = _text(path, "--text")
-    with tempfile.TemporaryDirectory() as folder:
-        restore_files(reader, "tokenizer", Path(folder))
-        tokenizer = load_tokenizer(folder)
+    tokenizer = stored_tokenizer(reader)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"checkpoint {reader.folder} holds no tokenizer",
+            hint="give --tokens, or import the model with its tokenizer.json",
+        )
     ids = tokenizer.encode(text)
     _refuse_nothing_to_score(f"--text {path}", [ids])
     step = max(1, model.max_position_embeddings - 1)

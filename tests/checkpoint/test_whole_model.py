@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dualray.checkpoint.whole_model import load_stage, stored_model
 from dualray.errors import CheckpointError
 from dualray.model.config import YarnConfig
 from dualray.model.init import stage_tensors
+from dualray.model.norm import RMSNorm
 from dualray.model.stage import Stage
 
 
@@ -55,6 +57,19 @@ def test_another_dtype(tmp_path: Path) -> None:
     saved = whole_model(tiny_config())
     loaded = load_stage(reader_of(saved, tmp_path), "cpu", torch.bfloat16)
     assert torch.equal(loaded.embed_tokens.weight, saved.embed_tokens.weight.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("weights", "norms"), [*itertools.permutations((torch.float32, torch.bfloat16))]
+)
+def test_norms_of_another_dtype(tmp_path: Path, weights: torch.dtype, norms: torch.dtype) -> None:
+    saved = whole_model(tiny_config(), dtype=weights)
+    for module in saved.modules():
+        if isinstance(module, RMSNorm):
+            module.to(norms)
+    loaded = load_stage(reader_of(saved, tmp_path))
+    assert torch.equal(loaded.embed_tokens.weight, saved.embed_tokens.weight)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {weights}
 
 
 def test_a_checkpoint_of_another_shape(tmp_path: Path) -> None:

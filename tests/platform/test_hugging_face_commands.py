@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 import yaml
 from support.hugging_face import QUANTIZATION, released_tensors, with_fp8, write_folder
 from support.models import tiny_config
@@ -126,6 +127,16 @@ def test_what_a_person_gets_wrong(source: Path) -> None:
         "checkpoint x was imported without a tokenizer.json, so no text can be served from it; "
         "put tokenizer.json beside the Hugging Face files and import them again."
     )
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"), [("float16", "float32"), ("float32", "float32"), ("float64", "float64")]
+)
+def test_the_dtype_that_an_import_computes_in(tmp_path: Path, stored: str, computed: str) -> None:
+    write_folder(tmp_path / "plain", CONFIG, released_tensors(CONFIG, dtype=getattr(torch, stored)))
+    call("import", "plain", "--out", "ours")
+    meta = Reader(tmp_path / "ours").meta
+    assert parse_run_file(meta["run"]).train.dtype == computed
 
 
 @pytest.mark.parametrize(

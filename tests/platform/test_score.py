@@ -157,4 +157,30 @@ def test_a_checkpoint_without_a_tokenizer_scores_tokens_only(stage: Stage, tmp_p
     file = tmp_path / "text"
     file.write_text("[[1, 2]]")
     assert run(folder, "--tokens", file)
-    assert refusal(folder, "--text", file).startswith("the checkpoint holds no tokenizer files; ")
+    assert refusal(folder, "--text", file) == (
+        f"checkpoint {folder} holds no tokenizer; give --tokens, or import the model with its "
+        "tokenizer.json."
+    )
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    stage = whole_model(tiny_config())
+    stage.norm.weight.data[3] = torch.nan
+    folder = save_stage(stage, tmp_path)
+    file = tmp_path / "ids.json"
+    file.write_text("[[1], [1, 2]]")
+    for options in ((), ("--json",)):
+        assert refusal(folder, "--tokens", file, *options) == (
+            f"checkpoint {folder} gives token 1 of sequence 1 a log-probability of nan, which is "
+            "no finite number; use an earlier checkpoint, or look where its training diverged."
+        )
+
+
+def test_a_perplexity_beyond_floating_point(tmp_path: Path) -> None:
+    stage = whole_model(tiny_config())
+    stage.lm_head.weight.data *= 1e5
+    file = tmp_path / "ids.json"
+    file.write_text("[[1, 2, 3]]")
+    assert re.search(
+        r"over 2 tokens, perplexity inf$", run(save_stage(stage, tmp_path), "--tokens", file), re.M
+    )

@@ -119,7 +119,8 @@ def export_command(
     from dualray.checkpoint.hf_files import refuse_existing_out
     from dualray.checkpoint.reader import Reader
     from dualray.checkpoint.store import find
-    from dualray.platform.imported import end_of_text, shard_bytes
+    from dualray.platform.imported import shard_bytes
+    from dualray.platform.stored_tokenizer import stored_tokenizer
 
     limit = shard_bytes(max_shard_size)
     refuse_existing_out(out)
@@ -128,9 +129,11 @@ def export_command(
         typer.echo(f"warning: {message}", err=True)
     assert found.path is not None, "find raises when there is none"
     reader = Reader(found.path)
+    tokenizer = stored_tokenizer(reader)
+    eos_id = None if tokenizer is None else tokenizer.eos_id
     with _bar("exporting", reader.size_bytes) as progress:
         done = export_checkpoint(
-            found.path, out, max_shard_bytes=limit, eos_id=end_of_text(reader), progress=progress
+            found.path, out, max_shard_bytes=limit, eos_id=eos_id, progress=progress
         )
     if as_json:
         typer.echo(json.dumps({"path": str(out), "from": str(found.path), **asdict(done)}))

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualray.errors import ConfigError
+from dualray.errors import CheckpointError, ConfigError
 
 
 def score(
@@ -67,6 +67,7 @@ def score(
             sequences,
             on_pack=lambda done: status.update(f"{done} of {len(sequences)} sequences scored"),
         )
+    _refuse_non_finite(found.path, logprobs)
     scored = [value for sequence in logprobs for value in sequence]
     nll = -math.fsum(scored) / len(scored)
     if as_json:
@@ -75,8 +76,26 @@ def score(
     _show(logprobs)
     typer.echo(
         f"{found.path}: {nll:.4f} nats a token over {len(scored):,} tokens, "
-        f"perplexity {math.exp(nll):,.2f}"
+        f"perplexity {_exp(nll):,.2f}"
     )
+
+
+def _refuse_non_finite(checkpoint: Path, logprobs: list[list[float]]) -> None:
+    for index, sequence in enumerate(logprobs):
+        for position, value in enumerate(sequence, start=1):
+            if not math.isfinite(value):
+                raise CheckpointError(
+                    f"checkpoint {checkpoint} gives token {position} of sequence {index} a "
+                    f"log-probability of {value}, which is no finite number",
+                    hint="use an earlier checkpoint, or look where its training diverged",
+                )
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 def _show(logprobs: list[list[float]]) -> None:
