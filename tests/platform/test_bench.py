@@ -19,7 +19,7 @@ from dualray.platform.bench.decode import Decoder
 from dualray.platform.bench.decode_peer import DecodeCase, HuggingFaceDecoder, _check
 from dualray.platform.bench.hugging_face import HuggingFaceTrainer, new_model
 from dualray.platform.bench.model import Size
-from dualray.platform.bench.record import append
+from dualray.platform.bench.record import append, check_target
 from dualray.platform.bench.training import (
     CLIP_NORM,
     LR,
@@ -215,11 +215,30 @@ def test_without_transformers_one_sentence(monkeypatch) -> None:
     )
 
 
-def test_a_record_in_a_missing_folder_is_one_sentence(tmp_path) -> None:
-    path = tmp_path / "nowhere" / "results.jsonl"
-    with pytest.raises(ConfigError) as raised:
-        append(path, {})
-    assert str(raised.value) == (
-        f"--record is {path} and cannot be written (No such file or directory); "
-        "name a file in a folder that exists."
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path) -> None:
+    for path, reason in (
+        (tmp_path / "nowhere" / "results.jsonl", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        sentence = (
+            f"--record is {path} and cannot be written ({reason}); "
+            "name a file in a folder that exists."
+        )
+        for refuse in (lambda path=path: append(path, {}), lambda path=path: check_target(path)):
+            with pytest.raises(ConfigError) as raised:
+                refuse()
+            assert str(raised.value) == sentence
+        done = CliRunner().invoke(app, ["model", "--record", str(path)])
+        assert str(done.exception) == sentence
+
+
+def test_the_peer_decodes_with_its_fastest_experts(monkeypatch) -> None:
+    config = replace(TINY.model, max_position_embeddings=64)
+    peer = HuggingFaceDecoder(
+        new_model(config, whole_model(config)), ids_BS=torch.arange(12).view(1, 12).numpy()
     )
+    seconds = {"grouped_mm": 3.0, "batched_mm": 1.0, "eager": 2.0}
+    chosen = peer._model.config
+    monkeypatch.setattr(peer, "step", lambda: (seconds[chosen._experts_implementation], []))
+    assert peer.choose_experts() == "batched_mm"
+    assert chosen._experts_implementation == "batched_mm"

@@ -1,7 +1,8 @@
 """Decoding beside Hugging Face's model: same weights, same prompts, steps in turn.
 
 Both sides hold the context in a cache and choose greedily; Hugging Face's is cropped after
-every step, so that the context stays what it is on both. B sequences, S tokens.
+every step, so that the context stays what it is on both. It runs its experts in whichever of
+its ways is fastest for the case. B sequences, S tokens.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class DecodeCase:
     """Our step is compiled; Hugging Face's never is."""
 
 
+_EXPERTS = ("grouped_mm", "batched_mm", "eager")
+_TRIES = 3
+
+
 class HuggingFaceDecoder:
     """transformers' model with a key/value cache that holds all but the last of `ids_BS`."""
 
@@ -61,6 +66,17 @@ class HuggingFaceDecoder:
         seconds = time.perf_counter() - started
         self._cache.crop(-1)
         return seconds, logits.float().log_softmax(-1).gather(1, best).flatten().tolist()
+
+    def choose_experts(self) -> str:
+        """Keep the fastest way to run the experts, by the best of a few steps; its name."""
+        seconds = {}
+        for name in _EXPERTS:
+            self._model.set_experts_implementation(name)
+            self.step()
+            seconds[name] = min(self.step()[0] for _ in range(_TRIES))
+        best = min(seconds, key=lambda name: seconds[name])
+        self._model.set_experts_implementation(best)
+        return best
 
 
 def compare_decoding(
@@ -88,7 +104,9 @@ def compare_decoding(
         shape = (case.batch, case.context)
         ids_BS = torch.randint(config.vocab_size, shape, generator=generator).numpy()
         ours = Decoder(stage, ids_BS, compiled=case.compiled)
+        model.set_experts_implementation(_EXPERTS[0])
         theirs = HuggingFaceDecoder(model, ids_BS)
+        experts = theirs.choose_experts()
         times: list[tuple[float, float]] = []
         for number in range(warmup + pairs):
             own_s, sampled = ours.step(case.context)
@@ -97,11 +115,13 @@ def compare_decoding(
                 _check(dtype[0], words, sampled, logprobs)
             if number >= warmup:
                 times.append((own_s, other_s))
-        rows.append(_row(dtype[0], case, times))
+        rows.append(_row(dtype[0], case, experts, times))
     return rows
 
 
-def _row(dtype: str, case: DecodeCase, times: list[tuple[float, float]]) -> dict[str, Any]:
+def _row(
+    dtype: str, case: DecodeCase, experts: str, times: list[tuple[float, float]]
+) -> dict[str, Any]:
     ratios = [theirs / ours for ours, theirs in times]
     own, other = (statistics.median(side) for side in zip(*times))
     return {
@@ -111,7 +131,11 @@ def _row(dtype: str, case: DecodeCase, times: list[tuple[float, float]]) -> dict
         "context": case.context,
         "compiled": case.compiled,
         "dualray": {"median_step_s": own, "tokens_per_s": case.batch / own},
-        "hugging_face": {"median_step_s": other, "tokens_per_s": case.batch / other},
+        "hugging_face": {
+            "median_step_s": other,
+            "tokens_per_s": case.batch / other,
+            "experts": experts,
+        },
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),

@@ -5,6 +5,7 @@ A figure without its machine is worthless a month later, so every line carries b
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -55,16 +56,32 @@ def versions() -> dict[str, str | None]:
     }
 
 
+def check_target(path: Path | None) -> None:
+    """Raises ConfigError if `append` could not write there: before minutes of measuring."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise _refused(path, os.strerror(errno.ENOENT))
+    if path.is_dir():
+        raise _refused(path, os.strerror(errno.EISDIR))
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise _refused(path, os.strerror(errno.EACCES))
+
+
 def append(path: Path, record: dict[str, Any]) -> None:
     """Add `record` to `path` as one line, in a single write. Raises ConfigError."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        raise ConfigError(
-            f"--record is {path} and cannot be written ({error.strerror})",
-            hint="name a file in a folder that exists",
-        ) from None
+        raise _refused(path, str(error.strerror)) from None
+
+
+def _refused(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"--record is {path} and cannot be written ({reason})",
+        hint="name a file in a folder that exists",
+    )
 
 
 def _cpu_model() -> str:

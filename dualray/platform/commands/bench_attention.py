@@ -41,9 +41,10 @@ def attention(
     from dualray.platform.bench.attention import FULL, QUICK
     from dualray.platform.bench.attention_page import render
     from dualray.platform.bench.attention_result import compare_attentions, config_dict
-    from dualray.platform.bench.record import append, new_record
+    from dualray.platform.bench.record import append, check_target, new_record
     from dualray.platform.report import html
 
+    check_target(record)
     if out is not None:
         html.check_target(out, "attention.html")
     workload = QUICK if quick else FULL

@@ -36,7 +36,7 @@ def context(
     from dualray.checkpoint.store import find
     from dualray.data.dataset import TokenDataset
     from dualray.platform.bench.context import check, compare, readers_of
-    from dualray.platform.bench.record import append, new_record
+    from dualray.platform.bench.record import append, check_target, new_record
 
     def opened(checkpoint: Path) -> Reader:
         found = find(checkpoint)
@@ -45,6 +45,7 @@ def context(
         assert found.path is not None, "find raises when there is none"
         return Reader(found.path)
 
+    check_target(record)
     short, long = opened(before), opened(after)
     dataset = TokenDataset.open(data, verify=False)
     contexts = check(short, long, dataset)

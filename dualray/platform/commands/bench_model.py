@@ -44,8 +44,9 @@ def model(
 
     from dualray.platform.bench import model as bench
     from dualray.platform.bench.hugging_face import import_transformers
-    from dualray.platform.bench.record import append, new_record
+    from dualray.platform.bench.record import append, check_target, new_record
 
+    check_target(record)
     import_transformers()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -90,7 +91,7 @@ def _show(line: dict[str, Any]) -> None:
     Console().print(table)
     typer.echo(
         "ratio: how many times faster, or smaller, dualray is; of speeds the median over pairs of "
-        "steps made in turn"
+        "steps made in turn; Hugging Face's steps are never compiled"
     )
 
 
