@@ -70,6 +70,13 @@ def main() -> None:
     except DualrayError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise  # nobody's path, so nobody's mistake
+        name = str(error.filename)
+        name = name if len(name) < 200 else f"{name[:97]}...{name[-97:]}"
+        typer.echo(f"error: {name} cannot be used ({error.strerror}); check the path.", err=True)
+        sys.exit(DualrayError.exit_code)
 
 
 if __name__ == "__main__":
