@@ -2,9 +2,10 @@
 
 A strip multiplies with the keys up to its own end only, so what lies above the diagonal
 costs half a strip instead of half the square, and values may be narrower than keys. torch's
-flash kernel on CPU wants equal widths, and its backward takes half as long again (fp32) or
-twice as long (bf16) as these products do. The backward needs the probabilities again: they
-are kept while they are small, and computed again where S^2 / 2 of them per head are not.
+flash kernel on CPU wants equal widths, and its backward takes 1.7 times as long as these
+products do (73 against 42 ms in fp32, 52 against 30 ms in bf16: 8 x 4 heads x 512, widths 96
+and 64, one Zen 4 core). The backward needs the probabilities again: they are kept while they
+are small, and computed again where S^2 / 2 of them per head are not.
 
 B sequences, H query heads, G key/value heads, M = H / G query heads per key/value head,
 S rows, R rows of a strip, d key width, v value width, n key/value heads at a time.
@@ -22,7 +23,6 @@ from torch.autograd.function import once_differentiable
 
 _MIN_STRIPS_LEN = 96
 """Sequences of fewer rows are one or two strips, and torch's kernel has less to start."""
-
 
 _TILE_NUMEL = 2**19
 """Logits in flight: 2 MiB of fp32, which a core's cache nearly holds."""
