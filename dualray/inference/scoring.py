@@ -62,9 +62,8 @@ def packs(sequences: Sequence[Sequence[int]], token_budget: int) -> Iterator[lis
         yield pack
 
 
-def _pack_scores(stage: Stage, pack: Sequence[Sequence[int]], logits_budget: int) -> Tensor:
-    """For every token of the pack the log-probability of the one after it; the last of a
-    sequence has none, and its value means nothing."""
+def run_pack(stage: Stage, pack: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, ForwardContext]:
+    """Ids (T,), normalised hidden states (T, D) and the context they came from."""
     device = next(stage.parameters()).device
     lengths = tuple(map(len, pack))
     ids_T = torch.tensor([token for sequence in pack for token in sequence], device=device)
@@ -74,7 +73,13 @@ def _pack_scores(stage: Stage, pack: Sequence[Sequence[int]], logits_budget: int
         attention=CausalAttention(),
         dispatch=LocalDispatch(stage.config.n_routed_experts),
     )
-    hidden_TD = stage.norm(stage(stage.embed(ids_T, ctx), ctx))
+    return ids_T, stage.norm(stage(stage.embed(ids_T, ctx), ctx)), ctx
+
+
+def _pack_scores(stage: Stage, pack: Sequence[Sequence[int]], logits_budget: int) -> Tensor:
+    """For every token of the pack the log-probability of the one after it; the last of a
+    sequence has none, and its value means nothing."""
+    ids_T, hidden_TD, ctx = run_pack(stage, pack)
     rows = max(1, logits_budget // stage.config.vocab_size)
     parts = []
     for hidden, targets in zip(hidden_TD.split(rows), ids_T.roll(-1).split(rows)):

@@ -59,7 +59,8 @@ def grouped_mm(x_NK: Tensor, weight_eMK: Tensor, offsets_e: Tensor) -> Tensor:
         # Inductor makes one pass over the weights of gather, product and sum.
         row_N = torch.arange(x_NK.shape[0], device=x_NK.device, dtype=offsets_e.dtype)
         weight_NMK = weight_eMK[torch.searchsorted(offsets_e, row_N, right=True)]
-        return (weight_NMK * x_NK[:, None]).sum(-1, dtype=torch.float32).to(x_NK.dtype)
+        compute = torch.promote_types(x_NK.dtype, torch.float32)
+        return (weight_NMK * x_NK[:, None]).sum(-1, dtype=compute).to(x_NK.dtype)
     if x_NK.shape[0] and _supported(*weight_eMK.shape[1:], like=x_NK):
         return F.grouped_mm(x_NK, weight_eKM, offs=offsets_e)
     return reference.grouped_mm(x_NK, weight_eKM, offsets_e)

@@ -13,13 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dualray.data.dataset import TokenDataset
-from dualray.inference.scoring import packs
-from dualray.model.attention import CausalAttention
-from dualray.model.context import ForwardContext
-from dualray.model.moe import LocalDispatch
+from dualray.inference.scoring import packs, run_pack
 from dualray.model.stage import Stage
 
 DEPTHS = (0.1, 0.5, 0.9)
@@ -113,7 +109,7 @@ def _answers(
     """For each sequence, of its last so many tokens: ln p, and whether each is the likeliest."""
     remaining, results = iter(counts), []
     for pack in packs(sequences, _TOKEN_BUDGET):
-        ids_T, hidden_TD, ctx = _forward(stage, pack)
+        ids_T, hidden_TD, ctx = run_pack(stage, pack)
         start = 0
         for sequence in pack:
             start += len(sequence)
@@ -124,17 +120,3 @@ def _answers(
             exact = bool((logits.argmax(-1) == ids_T[answer]).all())
             results.append((float(chances.sum()), exact))
     return results
-
-
-def _forward(stage: Stage, pack: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, ForwardContext]:
-    """Ids (T,), normalised hidden states (T, D) and the context they came from."""
-    device = next(stage.parameters()).device
-    lengths = tuple(map(len, pack))
-    ids_T = torch.tensor([token for sequence in pack for token in sequence], device=device)
-    ctx = ForwardContext(
-        positions_T=torch.cat([torch.arange(length, device=device) for length in lengths]),
-        seq_lens=lengths,
-        attention=CausalAttention(),
-        dispatch=LocalDispatch(stage.config.n_routed_experts),
-    )
-    return ids_T, stage.norm(stage(stage.embed(ids_T, ctx), ctx)), ctx
