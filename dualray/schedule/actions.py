@@ -3,9 +3,10 @@
 Nothing here knows tensors or processes. The same object is verified, simulated, drawn
 and walked by the executor.
 
-Directions are absolute: direction 0 enters the pipeline at rank 0, direction 1 at rank
-P-1 (DualPipe's mirrored stream; under DualPipeV the second leg of the V). Schedules that
-feed from one end only use direction 0.
+Directions are absolute: direction 0 runs down the ranks from rank 0, direction 1 up from
+rank P-1. Under DualPipe each is a stream of its own micro-batches; under DualPipeV they are
+the two legs of a V that every micro-batch walks one after the other, and the last rank hands
+it from the first leg to the second without a message. Other schedules only use direction 0.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 
 class Kind(StrEnum):
@@ -91,28 +93,57 @@ class Schedule:
     def num_directions(self) -> int:
         return len(self.stage_of[0])
 
+    @cached_property
+    def entries(self) -> tuple[int, ...]:
+        """The directions in which micro-batches enter, ascending."""
+        return tuple(sorted({self.entry_of(d) for d in range(self.num_directions)}))
+
+    def entry_of(self, direction: int) -> int:
+        """The direction in which the micro-batches that pass through `direction` enter.
+
+        A leg that follows another one has the entry of the first; else a direction is its own.
+        """
+        return self.position_of(direction, 0)[1]
+
     def micro_batches_of(self, direction: int) -> int:
-        """How many micro-batches enter in this direction: the first half in 0, the rest in 1."""
-        if self.num_directions == 1:
+        """How many micro-batches pass through this direction.
+
+        Of two streams the first half enters in direction 0 and the rest in 1; all legs of one
+        stream carry every micro-batch.
+        """
+        if len(self.entries) == 1:
             return self.num_micro_batches
         half = self.num_micro_batches // 2
         return half if direction == 0 else self.num_micro_batches - half
 
-    def rank_of(self, direction: int, stage: int) -> int:
-        """Which rank applies `stage` to micro-batches of `direction`."""
-        for rank, stages in enumerate(self.stage_of):
-            if stages[direction] == stage:
-                return rank
-        raise ValueError(f"direction {direction} never visits stage {stage}")
+    def position_of(self, direction: int, stage: int) -> tuple[int, int]:
+        """(rank, direction) at which the micro-batches of `direction` pass through `stage`.
+
+        That direction is another one where `stage` lies on another leg of their way.
+        """
+        return self._positions[direction][stage]
+
+    @cached_property
+    def _positions(self) -> tuple[dict[int, tuple[int, int]], ...]:
+        legs: list[dict[int, tuple[int, int]]] = [
+            {stages[direction]: (rank, direction) for rank, stages in enumerate(self.stage_of)}
+            for direction in range(self.num_directions)
+        ]
+        anywhere = {stage: at for leg in reversed(legs) for stage, at in leg.items()}
+        return tuple(anywhere | leg for leg in legs)
 
     def upstream(self, rank: int, direction: int) -> tuple[int, int] | None:
-        """(rank, direction) whose forward output this position consumes; None at the entry."""
+        """(rank, direction) whose forward output this position consumes; None at the entry.
+
+        Its rank is `rank` itself where a V turns: a local hand-over, no message.
+        """
         stage = self.stage_of[rank][direction]
-        return None if stage == 0 else (self.rank_of(direction, stage - 1), direction)
+        return None if stage == 0 else self.position_of(direction, stage - 1)
 
     def downstream(self, rank: int, direction: int) -> tuple[int, int] | None:
-        """(rank, direction) that consumes this position's forward output; None at the loss."""
+        """(rank, direction) that consumes this position's forward output; None at the loss.
+
+        Its rank is `rank` itself where a V turns: a local hand-over, no message.
+        """
         stage = self.stage_of[rank][direction]
-        if stage == self.num_stages - 1:
-            return None
-        return (self.rank_of(direction, stage + 1), direction)
+        return None if stage == self.num_stages - 1 else self.position_of(direction, stage + 1)

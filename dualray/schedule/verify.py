@@ -17,7 +17,7 @@ from dualray.schedule.actions import Action, Kind, Overlap, Schedule, Step, flat
 from dualray.schedule.memory import Peaks, peaks_of
 
 Completion = tuple[bool, int, int, int]
-"""(is forward, direction, stage, micro-batch): what an action completes or waits for."""
+"""(is forward, entry direction, stage, micro-batch): what an action completes or awaits."""
 
 
 class ScheduleError(AssertionError):
@@ -45,20 +45,23 @@ def completes(schedule: Schedule, rank: int, action: Action) -> Completion | Non
     if action.kind is Kind.WEIGHT_GRAD:
         return None
     stage = schedule.stage_of[rank][action.direction]
-    return (action.kind is Kind.FORWARD, action.direction, stage, action.micro_batch)
+    entry = schedule.entry_of(action.direction)
+    return (action.kind is Kind.FORWARD, entry, stage, action.micro_batch)
 
 
 def awaits(schedule: Schedule, rank: int, action: Action) -> Completion | None:
     """The neighbouring stage's completion that `action` takes its input from, if any.
 
-    What a rank needs of its own earlier steps is its local order, not an exchange.
+    The neighbour is on the same rank where a V turns. What a rank needs of its own forward
+    of the same stage is its local order.
     """
     stage = schedule.stage_of[rank][action.direction]
+    entry = schedule.entry_of(action.direction)
     if action.kind is Kind.FORWARD and stage > 0:
-        return (True, action.direction, stage - 1, action.micro_batch)
+        return (True, entry, stage - 1, action.micro_batch)
     is_backward = action.kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
     if is_backward and stage < schedule.num_stages - 1:
-        return (False, action.direction, stage + 1, action.micro_batch)
+        return (False, entry, stage + 1, action.micro_batch)
     return None
 
 
@@ -156,7 +159,7 @@ def _check_channels(schedule: Schedule) -> None:
                 (True, schedule.downstream(rank, direction)),
                 (False, schedule.upstream(rank, direction)),
             ):
-                if peer is None:
+                if peer is None or peer[0] == rank:
                     continue
                 sent = _order(schedule.steps[rank], forward, direction)
                 taken = _order(schedule.steps[peer[0]], forward, peer[1])
