@@ -154,7 +154,8 @@ class PipelineTransport:
     def receive(self, direction: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         source = self._schedule.upstream(self._rank, direction)
         assert source is not None, "the first stage receives nothing"
-        return self._links.receive(FORWARD, direction, shape, dtype, self._device, source[0])
+        incoming = self._links.post(FORWARD, direction, shape, dtype, self._device, source[0])
+        return self._links.wait(incoming)
 
     def drain(self) -> None:
         self._links.drain()

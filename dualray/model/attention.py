@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dualray.kernels.causal_attention import causal_attention
 from dualray.model.config import ModelConfig
-from dualray.model.context import AttentionQuery, ForwardContext, WeightGradSink
+from dualray.model.context import AttentionQuery, ForwardContext
 from dualray.model.linear import Linear
 from dualray.model.norm import RMSNorm
+from dualray.model.recompute import Again
 from dualray.model.rope import rotate_tail, softmax_scale
 
 _LATENT_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps says
@@ -36,6 +37,8 @@ class LatentQuery:
     k_rope_TR: Tensor
     kv_b: Linear
     softmax_scale: float
+    latent_again: Again | None = None
+    """Makes `latent_TC` again in the backward, if that is wanted."""
 
     def cache_rows(self) -> Tensor:
         return torch.cat((self.latent_TC, self.k_rope_TR), dim=-1)
@@ -44,11 +47,17 @@ class LatentQuery:
     def _nope(self) -> int:
         return self.q_THd.shape[-1] - self.k_rope_TR.shape[-1]
 
-    def expand(self, sink: WeightGradSink | None) -> tuple[Tensor, Tensor, Tensor]:
+    def expand(self, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         T, H, _ = self.q_THd.shape
-        kv = self.kv_b(self.latent_TC, sink).view(T, H, -1)
-        k_nope, value = kv.split((self._nope, kv.shape[-1] - self._nope), dim=-1)
-        key = torch.cat((k_nope, self.k_rope_TR[:, None].expand(-1, H, -1)), dim=-1)
+        nope, kv_b, k_rope_TR = self._nope, self.kv_b, self.k_rope_TR
+        kv_THd = kv_b(self.latent_TC, ctx.weight_grads).view(T, H, -1)
+        k_nope, value = kv_THd.split((nope, kv_THd.shape[-1] - nope), dim=-1)
+        key = _with_rotary(k_nope, k_rope_TR)
+        if ctx.recompute is not None:
+            assert self.latent_again is not None
+            latent, k_rope_TR = self.latent_again, k_rope_TR.detach()
+            kv = ctx.recompute.forget(lambda: (kv_b(latent.look(), None).view(T, H, -1),), kv_THd)
+            ctx.recompute.forget(lambda: (_with_rotary(kv.look()[..., :nope], k_rope_TR),), key)
         return self.q_THd, key, value
 
     def cache_queries(self) -> Tensor:
@@ -73,6 +82,12 @@ class LatentQuery:
         return self.kv_b.weight.view(self.q_THd.shape[1], -1, self.latent_TC.shape[1])
 
 
+def _with_rotary(k_nope_THN: Tensor, k_rope_TR: Tensor) -> Tensor:
+    """Keys of all heads: their own channels, then the rotary ones they share."""
+    heads = k_nope_THN.shape[1]
+    return torch.cat((k_nope_THN, k_rope_TR[:, None].expand(-1, heads, -1)), dim=-1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadsQuery:
     """`AttentionQuery` of plain heads: keys and values as they are, and cached as they are."""
@@ -91,7 +106,7 @@ class HeadsQuery:
     def cache_rows(self) -> Tensor:
         return torch.cat((self.k_TGd.flatten(1), self.v_TGV.flatten(1)), dim=-1)
 
-    def expand(self, sink: WeightGradSink | None) -> tuple[Tensor, Tensor, Tensor]:
+    def expand(self, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         return self.q_THd, self.k_TGd, self.v_TGV
 
     def cache_queries(self) -> Tensor:
@@ -132,30 +147,46 @@ class MultiHeadLatentAttention(nn.Module):
         )
         self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, bias=bias)
 
-    def _project(self, x_TD: Tensor, sink: WeightGradSink | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (T, H * d), latent (T, C) and rotary key (T, R), as projected."""
-        rank = self.config.q_lora_rank
+    def _project(self, x_TD: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (T, H, d), latent (T, C) and rotary key (T, R) as projected."""
+        rank, sink = self.config.q_lora_rank, ctx.weight_grads
         if rank is None:
             latent, k_rope = self.kv_a_proj_with_mqa(x_TD, sink).split(self._latent_widths, dim=-1)
-            return self.q_proj(x_TD, sink), latent, k_rope
+            return self._queries(self.q_proj(x_TD, sink), ctx), latent, k_rope
         widths = (rank, *self._latent_widths)
         compressed, latent, k_rope = self.qkv_a_proj(x_TD, sink).split(widths, dim=-1)
-        return self.q_b_proj(self.q_a_layernorm(compressed), sink), latent, k_rope
+        normed = self.q_a_layernorm(compressed)
+        q_THd = self._queries(self.q_b_proj(normed, sink), ctx)
+        if ctx.recompute is not None:
+            kept = compressed.detach()
+            again = ctx.recompute.forget(lambda: (self.q_a_layernorm(kept),), normed)
+            ctx.recompute.forget(
+                lambda: (self._queries(self.q_b_proj(again.look(), None), ctx),), q_THd
+            )
+        return q_THd, latent, k_rope
+
+    def _queries(self, q: Tensor, ctx: ForwardContext) -> Tensor:
+        assert ctx.cos_sin is not None, "the stage sets the rotary angles before its layers run"
+        heads = q.view(-1, self.config.num_attention_heads, self.config.qk_head_dim)
+        return rotate_tail(heads, *ctx.cos_sin)
 
     def forward(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
-        config, sink = self.config, ctx.weight_grads
-        assert ctx.cos_sin is not None, "the stage sets the rotary angles before its layers run"
-        q, latent, k_rope = self._project(x_TD, sink)
-        q_THd = q.view(-1, config.num_attention_heads, config.qk_head_dim)
+        q_THd, latent, k_rope = self._project(x_TD, ctx)
+        assert ctx.cos_sin is not None
+        latent_TC, latent_again = self.kv_a_layernorm(latent), None
+        if ctx.recompute is not None:
+            kept = latent.detach()
+            latent_again = ctx.recompute.forget(lambda: (self.kv_a_layernorm(kept),), latent_TC)
         query = LatentQuery(
             layer=self.layer,
-            q_THd=rotate_tail(q_THd, *ctx.cos_sin),
-            latent_TC=self.kv_a_layernorm(latent),
+            q_THd=q_THd,
+            latent_TC=latent_TC,
             k_rope_TR=rotate_tail(k_rope, *ctx.cos_sin),
             kv_b=self.kv_b_proj,
             softmax_scale=self.softmax_scale,
+            latent_again=latent_again,
         )
-        return self.o_proj(ctx.attention.attend(query, ctx).flatten(1), sink)
+        return self.o_proj(ctx.attention.attend(query, ctx).flatten(1), ctx.weight_grads)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -207,7 +238,7 @@ class CausalAttention:
     """
 
     def attend(self, query: AttentionQuery, ctx: ForwardContext) -> Tensor:
-        q, k, v = query.expand(ctx.weight_grads)
+        q, k, v = query.expand(ctx)
         runs = _runs(ctx.seq_lens)
         tokens = [length * count for length, count in runs]
         assert sum(tokens) == len(q), f"sequence lengths sum to {sum(tokens)}, tokens are {len(q)}"

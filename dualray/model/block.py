@@ -1,11 +1,12 @@
-"""One transformer layer, cut into the phases that an overlapped executor interleaves.
+"""One transformer layer in four phases: attend -> dispatch -> experts -> combine.
 
-attend -> dispatch -> experts -> combine. Dispatch and combine communicate; attend and
-experts compute. `forward` runs them in turn.
+Dispatch and combine communicate; attend and experts compute. `forward` runs them in turn, and
+where it waits for a message another micro-batch may go on.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -42,10 +43,18 @@ class Block(nn.Module):
         )
 
     def attend(self, x_TD: Tensor, ctx: ForwardContext) -> Attended:
-        residual = x_TD + self.self_attn(self.input_layernorm(x_TD), ctx)
-        normed = self.post_attention_layernorm(residual)
+        residual = x_TD + self.self_attn(self._normed(self.input_layernorm, x_TD, ctx), ctx)
+        normed = self._normed(self.post_attention_layernorm, residual, ctx)
         routing = self.mlp.gate(normed, ctx) if isinstance(self.mlp, MoE) else None
         return Attended(residual_TD=residual, normed_TD=normed, routing=routing)
+
+    @staticmethod
+    def _normed(norm: RMSNorm, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
+        normed = norm(x_TD)
+        if ctx.recompute is not None:
+            x_TD = x_TD.detach()
+            ctx.recompute.forget(lambda: (norm(x_TD),), normed)
+        return normed
 
     def dispatch(self, attended: Attended, ctx: ForwardContext) -> Dispatched | None:
         if attended.routing is None:
@@ -80,6 +89,10 @@ class Block(nn.Module):
         return out
 
     def forward(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
+        with nullcontext() if ctx.recompute is None else ctx.recompute.scope():
+            return self._phases(x_TD, ctx)
+
+    def _phases(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
         attended = self.attend(x_TD, ctx)
         dispatched = self.dispatch(attended, ctx)
         return self.combine(attended, dispatched, self.experts(attended, dispatched, ctx), ctx)

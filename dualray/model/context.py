@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dualray.model.recompute import Recompute
+
 
 class WeightGradSink(Protocol):
     """Takes weight-gradient work out of a backward, to run at once or later."""
@@ -42,7 +44,7 @@ class AttentionQuery(Protocol):
         """What is remembered of each token, `ModelConfig.cache_dim` wide."""
         ...
 
-    def expand(self, sink: WeightGradSink | None) -> tuple[Tensor, Tensor, Tensor]:
+    def expand(self, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, H, d), keys (T, G, d) and values (T, G, v)."""
         ...
 
@@ -123,7 +125,8 @@ class ForwardContext:
     packed into T, in order. `weight_grads=None` leaves gradients to plain autograd, which
     is the slow twin of the deferred path. `balance_scale` multiplies the sequence-wise
     balance loss (alpha over the global number of sequences); 0 skips it. `loads` collects
-    int64 tokens per logical expert by layer; None when nobody asks.
+    int64 tokens per logical expert by layer; None when nobody asks. `recompute` takes RMSNorms and
+    MLA's up-projections that the backward makes again; None keeps them.
     """
 
     positions_T: Tensor
@@ -134,6 +137,7 @@ class ForwardContext:
     balance_scale: float = 0.0
     loads: dict[int, Tensor] | None = None
     tape: RoutingTape | None = None
+    recompute: Recompute | None = None
     cos_sin: tuple[Tensor, Tensor] | None = None
     """Rotary angles of `positions_T`; the stage fills them in once for all its layers."""
     balance_losses: list[Tensor] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """A worker's slice of the step's samples.
 
-Samples of a step are ordered by replica, expert rank, direction, index, whatever the
+Samples of a step are ordered by replica, expert rank, direction of entry, index, whatever the
 layout, so that every layout with the same number of sequences per step trains on the same
 ones. D MTP depths, S sequence length, b sequences per micro-batch.
 """
@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dualray.parallel.executor import MicroBatch
 from dualray.parallel.layout import Coordinate, Layout
+from dualray.parallel.micro_batch import MicroBatch
 from dualray.parallel.train_config import TrainConfig
 from dualray.schedule.actions import Schedule
 
@@ -67,7 +67,8 @@ class Slicer:
             for index in range(self.schedule.micro_batches_of(direction)):
                 ids = labels = None
                 if enters or ends:
-                    number = first + direction * self.schedule.micro_batches_of(0) + index
+                    entry = self.schedule.entry_of(direction)
+                    number = first + entry * self.schedule.micro_batches_of(0) + index
                     tokens = source.sequences(step, number * size, size, total, split)
                     ids = torch.from_numpy(tokens.ids).flatten().to(self.device)
                     labels = torch.from_numpy(tokens.labels).flatten(1).to(self.device)

@@ -1,51 +1,32 @@
 """Expert dispatch over the expert ranks of a stage: all-to-all there and back.
 
 T tokens, K choices, N = T*K rows here, M rows received, R expert ranks, s slots per rank.
-Counts travel first as one int64 all-to-all, then the rows with uneven splits; a rank
-without tokens still takes part. Rows arrive ordered by (source rank, slot, token) and are
-sorted by slot, so that within a slot they keep the order (source rank, token).
+Counts travel first as one int64 all-to-all, while the rows are put into order, then the rows
+with uneven splits; a rank without tokens still takes part. Rows arrive ordered by (source rank,
+slot, token) and are sorted by slot, so that within a slot they keep the order (source rank,
+token).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dualray.kernels.combine import combine
 from dualray.kernels.grouped_gemm import row_multiple
 from dualray.kernels.permute import permute, replicate, sort_by_key
 from dualray.model.context import Dispatched, Routing
+from dualray.parallel.exchange import Exchange
 from dualray.parallel.groups import Group
 from dualray.parallel.placement import ExpertPlacement
 
 
-def _exchange(rows: Tensor, receive: list[int], send: list[int], group: Group) -> Tensor:
-    out = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
-    return out
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: Group
-    ) -> Tensor:
-        ctx.receive, ctx.send, ctx.group = receive, send, group
-        return _exchange(rows, receive, send, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(dy, ctx.send, ctx.receive, ctx.group), None, None, None
-
-
 @dataclass(kw_only=True)
 class _WayBack:
+    layer: int
     order_N: Tensor
     inverse_N: Tensor
     order: Tensor
@@ -56,11 +37,17 @@ class _WayBack:
 
 
 class AllToAllDispatch:
-    """`ExpertDispatch` over a process group. Its twin is `LocalDispatch`."""
+    """`ExpertDispatch` over a process group. Its twin is `LocalDispatch`.
 
-    def __init__(self, placement: ExpertPlacement, group: Group, device: torch.device) -> None:
+    `exchange` carries the rows; a worker's dispatches share one.
+    """
+
+    def __init__(
+        self, placement: ExpertPlacement, group: Group, device: torch.device, exchange: Exchange
+    ) -> None:
         self._placement = placement
         self._group = group
+        self._exchange = exchange
         self._num_ranks = group.size()
         self._home_E = {
             layer: torch.tensor(placement.home_slots(layer), device=device)
@@ -72,10 +59,13 @@ class AllToAllDispatch:
         key_N = self._home_E[layer][routing.experts_TK].flatten()
         order_N, inverse_N, counts = sort_by_key(key_N, ranks * slots)
         received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=self._group)
+        counted = dist.all_to_all_single(received, counts, group=self._group, async_op=True)
+        assert counted is not None
+        rows_ND = replicate(x_TD, order_N, inverse_N)
         send = counts.view(ranks, slots).sum(1).tolist()
+        counted.wait()
         receive = received.view(ranks, slots).sum(1).tolist()
-        rows_MD = _AllToAll.apply(replicate(x_TD, order_N, inverse_N), receive, send, self._group)
+        rows_MD = self._exchange(rows_ND, receive, send, self._group, f"dispatch {layer}")
         slot_of_run = torch.arange(slots, device=x_TD.device).repeat(ranks)
         slot_M = torch.repeat_interleave(slot_of_run, received, output_size=sum(receive))
         order, inverse_M, rows = sort_by_key(
@@ -85,6 +75,7 @@ class AllToAllDispatch:
             rows_ND=permute(rows_MD, order, inverse_M),
             offsets=rows.cumsum(0).to(torch.int32),
             state=_WayBack(
+                layer=layer,
                 order_N=order_N,
                 inverse_N=inverse_N,
                 order=order,
@@ -98,5 +89,6 @@ class AllToAllDispatch:
     def combine(self, y_ND: Tensor, dispatched: Dispatched) -> Tensor:
         way: _WayBack = dispatched.state
         arrived = permute(y_ND, way.inverse_M, way.order)
-        rows_ND = _AllToAll.apply(arrived, way.send, way.receive, self._group)
+        name = f"combine {way.layer}"
+        rows_ND = self._exchange(arrived, way.send, way.receive, self._group, name)
         return combine(rows_ND, way.gates_TK, way.order_N, way.inverse_N)

@@ -1,77 +1,38 @@
 """Walks a schedule: the same object that was verified and drawn.
 
-Receives happen right before the action that needs them, sends right after the action that
-produced them. A full backward runs its weight gradients at once, an input-gradient backward
-queues them, a W runs the oldest queued batch. The two halves of an overlapped pair run in
-turn.
-
-T tokens, D model.
+Receives are posted one step ahead, so that a message arrives while the step before it runs;
+sends follow the action that produced them. A full backward runs its weight gradients at once,
+an input-gradient backward queues them, a W runs the oldest queued batch. The two halves of an
+overlapped pair take turns wherever one of them exchanges rows with other expert ranks; without
+exchanges there is nothing to hide and they run one after the other.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dualray.model.attention import CausalAttention
 from dualray.model.context import ExpertDispatch, ForwardContext, RoutingTape
+from dualray.model.recompute import Recompute
 from dualray.model.stage import Losses, Stage
+from dualray.parallel.exchange import Exchange
 from dualray.parallel.groups import BACKWARD, FORWARD
 from dualray.parallel.held import HeldStages
-from dualray.parallel.p2p import PipelineLinks
+from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
+from dualray.parallel.overlap import Strands
+from dualray.parallel.p2p import Incoming, PipelineLinks
+from dualray.parallel.spans import COMPUTE
 from dualray.parallel.weight_grads import WeightGrads
-from dualray.schedule.actions import Action, Kind, Schedule, flatten
+from dualray.schedule.actions import Action, Kind, Overlap, Schedule, Step, flatten
 
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """One micro-batch as this worker sees it.
-
-    `ids_T` is present where the direction enters, `labels_DT` (1 + MTP depths, T) where it
-    ends; both are None in between.
-    """
-
-    positions_T: Tensor
-    seq_lens: tuple[int, ...]
-    ids_T: Tensor | None
-    labels_DT: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """Factors that turn sums into the step's loss: one over the global count of targets.
-
-    `mtp[k]` already contains lambda / D. `balance` is alpha over the global number of
-    sequences, the routing imbalance's share.
-    """
-
-    main: float
-    mtp: tuple[float, ...]
-    balance: float
-
-    def of(self, losses: Losses) -> Tensor:
-        total = losses.main * self.main
-        for scale, loss in zip(self.mtp, losses.mtp):
-            total = total + loss * scale
-        return total
-
-
-@dataclass(kw_only=True)
-class StepSums:
-    """What one walk measured on this worker. Sums in nats; seconds of wall time."""
-
-    main: float = 0.0
-    mtp: list[float] = field(default_factory=list)
-    balance: float = 0.0
-    loads: dict[int, Tensor] = field(default_factory=dict)
-    spans: list[tuple[str, str, float, float]] = field(default_factory=list)
-    """(name, category, start, end) in seconds of the epoch."""
-    elapsed_s: float = 0.0
-    waited_s: float = 0.0
+_Message = tuple[str, int, int]
+"""(kind, direction of who receives it, micro-batch)."""
 
 
 @dataclass(kw_only=True)
@@ -84,7 +45,12 @@ class _Live:
 
 
 class Executor:
-    """Runs schedules over the stages of one worker."""
+    """Runs schedules over the stages of one worker.
+
+    `exchange` is what the dispatches send rows with, None if they keep them. With `overlapped`
+    its journeys are filled with the other half of a pair and with weight gradients of the same
+    backward; without, everything runs in turn, which is the slow twin of the same bits.
+    """
 
     def __init__(
         self,
@@ -93,14 +59,24 @@ class Executor:
         links: PipelineLinks,
         dispatches: Sequence[ExpertDispatch],
         weight_grads: WeightGrads,
+        *,
+        exchange: Exchange | None = None,
+        overlapped: bool = True,
+        recompute: bool = False,
     ) -> None:
         self._held = held
         self._rank = pipeline_rank
         self._links = links
         self._dispatches = dispatches
         self._weight_grads = weight_grads
+        self._exchange = exchange
+        self._recompute = recompute
         parameter = next(next(iter(held.stages.values())).parameters())
         self._dtype, self._device = parameter.dtype, parameter.device
+        self._strands: Strands | None = None
+        if exchange is not None and overlapped:
+            self._strands = Strands(self._prepare_thread)
+            exchange.meanwhile = self._meanwhile
 
     def run(
         self,
@@ -117,6 +93,21 @@ class Executor:
         """
         walk = _Walk(self, schedule, micro_batches, objective, tapes or {})
         return walk.run()
+
+    def close(self) -> None:
+        """End the thread that overlapped pairs use."""
+        if self._strands is not None:
+            self._strands.close()
+
+    def _prepare_thread(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def _meanwhile(self) -> None:
+        """While rows travel: what this strand has put off, then the other strand."""
+        assert self._strands is not None
+        self._weight_grads.run_held()
+        self._strands.hand_over()
 
 
 class _Walk:
@@ -137,40 +128,69 @@ class _Walk:
         self.tapes = tapes
         self.sums = StepSums()
         self.live: dict[tuple[int, int], _Live] = {}
-        steps = schedule.steps[executor._rank]
-        self.trains = any(action.kind is not Kind.FORWARD for action in flatten(steps))
+        self.incoming: dict[_Message, Incoming] = {}
+        self.handed: dict[_Message, Tensor] = {}
+        """Messages to this rank itself, where a V turns."""
+        self.steps = schedule.steps[executor._rank]
+        self.trains = any(action.kind is not Kind.FORWARD for action in flatten(self.steps))
 
     def run(self) -> StepSums:
-        links = self.e._links
+        links, exchange, sums = self.e._links, self.e._exchange, self.sums
         links.waited_s = 0.0
-        epoch = time.time() - time.perf_counter()
+        if exchange is not None:
+            exchange.waited_s, exchange.spans = 0.0, sums.spans
         started = time.perf_counter()
         with torch.set_grad_enabled(self.trains):
-            for action in flatten(self.schedule.steps[self.e._rank]):
-                waited, begin = links.waited_s, time.perf_counter()
-                self._do(action)
-                end = time.perf_counter()
-                # Waiting for the input comes first within an action; what follows is work.
-                ready = begin + links.waited_s - waited
-                self.sums.spans.append((str(action), "compute", epoch + ready, epoch + end))
+            for step in self.steps[:1]:
+                self._post(step)
+            for number, step in enumerate(self.steps, start=1):
+                for following in self.steps[number : number + 1]:
+                    self._post(following)
+                self._run(step)
             links.drain()
         assert not self.live, "a micro-batch has no backward"
+        assert not self.incoming | self.handed, "a message was never taken"
         assert not len(self.e._weight_grads), "weight gradients are left"
-        self.sums.elapsed_s = time.perf_counter() - started
-        self.sums.waited_s = links.waited_s
-        return self.sums
+        sums.elapsed_s = time.perf_counter() - started
+        sums.waited_s = links.waited_s
+        if exchange is not None:
+            sums.exposed_s, exchange.spans = exchange.waited_s, None
+        return sums
+
+    def _run(self, step: Step) -> None:
+        strands = self.e._strands
+        if isinstance(step, Overlap) and strands is not None:
+            # The backward begins: its first message leaves after the least work, and the
+            # forward's attention hides it.
+            backward, forward = (partial(self._do, half) for half in (step.backward, step.forward))
+            self._timed(str(step), partial(strands.run, backward, forward))
+            return
+        for action in flatten((step,)):
+            self._timed(str(action), partial(self._do, action))
+
+    def _timed(self, name: str, work: Callable[[], None]) -> None:
+        links = self.e._links
+        waited, begin = links.waited_s, time.perf_counter()
+        work()
+        # Waiting for the input comes first within a step; what follows is work.
+        ready = begin + links.waited_s - waited
+        self.sums.spans.add(name, COMPUTE, ready, time.perf_counter())
 
     def _do(self, action: Action) -> None:
+        weight_grads = self.e._weight_grads
         match action.kind:
             case Kind.FORWARD:
                 self._forward(action)
+            case Kind.BACKWARD if self.e._strands is not None:
+                with weight_grads.holding():
+                    self._backward(action)
             case Kind.BACKWARD:
                 self._backward(action)
             case Kind.INPUT_GRAD:
-                with self.e._weight_grads.deferring():
+                with weight_grads.deferring():
                     self._backward(action)
             case Kind.WEIGHT_GRAD:
-                self.e._weight_grads.run_oldest()
+                weight_grads.run_oldest()
 
     def _context(self, action: Action, batch: MicroBatch) -> ForwardContext:
         return ForwardContext(
@@ -182,6 +202,7 @@ class _Walk:
             balance_scale=self.objective.balance if self.trains else 0.0,
             loads=self.sums.loads if self.trains else None,
             tape=self.tapes.get((action.direction, action.micro_batch)),
+            recompute=Recompute() if self.trains and self.e._recompute else None,
         )
 
     def _stage(self, action: Action) -> Stage:
@@ -192,12 +213,11 @@ class _Walk:
         batch = self.micro_batches[key]
         ctx = self._context(action, batch)
         stage = self._stage(action)
-        source = self.schedule.upstream(self.e._rank, action.direction)
-        if source is None:
+        if self._source(action) is None:
             assert batch.ids_T is not None
             x_TD = stage.embed(batch.ids_T, ctx)
         else:
-            x_TD = self._receive(FORWARD, action.direction, batch, source[0])
+            x_TD = self._receive(action)
             x_TD.requires_grad_(self.trains)
         y_TD = stage(x_TD, ctx)
         sink = self.schedule.downstream(self.e._rank, action.direction)
@@ -207,7 +227,7 @@ class _Walk:
             self._add(losses)
             outputs = [self.objective.of(losses)]
         else:
-            self.e._links.send(FORWARD, action.direction, y_TD, sink[0])
+            self._send(FORWARD, action, y_TD, sink)
             outputs = [y_TD]
         if not self.trains:
             return
@@ -219,21 +239,48 @@ class _Walk:
 
     def _backward(self, action: Action) -> None:
         live = self.live.pop((action.direction, action.micro_batch))
-        batch = self.micro_batches[action.direction, action.micro_batch]
         gradients: list[Tensor | None] = [None] * len(live.outputs)
         if not live.is_last:
-            source = self.schedule.downstream(self.e._rank, action.direction)
-            assert source is not None
-            gradients[0] = self._receive(BACKWARD, action.direction, batch, source[0])
+            gradients[0] = self._receive(action)
         torch.autograd.backward(live.outputs, gradients)
         sink = self.schedule.upstream(self.e._rank, action.direction)
         if sink is not None:
             assert live.x_TD.grad is not None
-            self.e._links.send(BACKWARD, action.direction, live.x_TD.grad, sink[0])
+            self._send(BACKWARD, action, live.x_TD.grad, sink)
 
-    def _receive(self, kind: str, direction: int, batch: MicroBatch, source: int) -> Tensor:
-        shape = (batch.positions_T.numel(), self.e._held.config.hidden_size)
-        return self.e._links.receive(kind, direction, shape, self.e._dtype, self.e._device, source)
+    def _source(self, action: Action) -> tuple[int, int] | None:
+        """Where an action's input comes from: (rank, direction); None if from no other stage."""
+        if action.kind is Kind.WEIGHT_GRAD:
+            return None
+        forward = action.kind is Kind.FORWARD
+        neighbour = self.schedule.upstream if forward else self.schedule.downstream
+        return neighbour(self.e._rank, action.direction)
+
+    def _post(self, step: Step) -> None:
+        """Make room for the messages that a step needs."""
+        for action in flatten((step,)):
+            source = self._source(action)
+            if source is None or source[0] == self.e._rank:
+                continue
+            kind, direction, micro_batch = message = _input_of(action)
+            positions_T = self.micro_batches[direction, micro_batch].positions_T
+            shape = (positions_T.numel(), self.e._held.config.hidden_size)
+            self.incoming[message] = self.e._links.post(
+                kind, direction, shape, self.e._dtype, self.e._device, source[0]
+            )
+
+    def _receive(self, action: Action) -> Tensor:
+        message = _input_of(action)
+        if message in self.handed:
+            return self.handed.pop(message)
+        return self.e._links.wait(self.incoming.pop(message))
+
+    def _send(self, kind: str, action: Action, tensor: Tensor, sink: tuple[int, int]) -> None:
+        rank, direction = sink
+        if rank == self.e._rank:
+            self.handed[kind, direction, action.micro_batch] = tensor.detach()
+        else:
+            self.e._links.send(kind, direction, tensor, rank)
 
     def _add(self, losses: Losses) -> None:
         self.sums.main += float(losses.main.detach())
@@ -241,3 +288,8 @@ class _Walk:
             self.sums.mtp = [0.0] * len(losses.mtp)
         for depth, loss in enumerate(losses.mtp):
             self.sums.mtp[depth] += float(loss.detach())
+
+
+def _input_of(action: Action) -> _Message:
+    kind = FORWARD if action.kind is Kind.FORWARD else BACKWARD
+    return kind, action.direction, action.micro_batch

@@ -60,7 +60,7 @@ class Coordinate:
 
 
 def holders(layout: Layout, schedule: Schedule, stage: int) -> tuple[int, ...]:
-    """Pipeline ranks that hold `stage`: two mirrors under DualPipe, one under 1F1B."""
+    """Pipeline ranks that hold `stage`: two mirrors under DualPipe, else one."""
     return tuple(p for p in range(layout.pipeline) if stage in schedule.stage_of[p])
 
 

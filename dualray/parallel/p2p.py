@@ -1,19 +1,29 @@
 """Hidden states and their gradients between pipeline ranks.
 
 Sends never block: they are kept alive until they have left, and the executor drains them
-at the end of a step. Shapes are static, so no sizes travel.
+at the end of a step. A receive that is posted early lets its message arrive during other work.
+Shapes are known on both sides, so no sizes travel.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dualray.parallel.groups import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incoming:
+    """A message on its way."""
+
+    tensor: Tensor
+    work: dist.Work
 
 
 class PipelineLinks:
@@ -37,7 +47,7 @@ class PipelineLinks:
         while self._in_flight and self._in_flight[0][0].is_completed():
             self._in_flight.popleft()
 
-    def receive(
+    def post(
         self,
         kind: str,
         direction: int,
@@ -45,15 +55,22 @@ class PipelineLinks:
         dtype: torch.dtype,
         device: torch.device,
         source: int,
-    ) -> Tensor:
-        """Wait for the next message of this channel from pipeline rank `source`."""
+    ) -> Incoming:
+        """Make room for the next message of this channel from pipeline rank `source`.
+
+        Messages of a channel fill what was posted in its order.
+        """
         tensor = torch.empty(shape, dtype=dtype, device=device)
-        started = time.perf_counter()
         work = dist.irecv(tensor, self._ranks[source], group=self._channels[kind, direction])
         assert work is not None
-        work.wait()
+        return Incoming(tensor=tensor, work=work)
+
+    def wait(self, incoming: Incoming) -> Tensor:
+        """The message, when it is here."""
+        started = time.perf_counter()
+        incoming.work.wait()
         self.waited_s += time.perf_counter() - started
-        return tensor
+        return incoming.tensor
 
     def drain(self) -> None:
         """Wait until everything sent has left."""

@@ -72,6 +72,12 @@ class TrainConfig:
     """Newest checkpoints that stay."""
     init_from: str | None = None
     """Checkpoint folder whose weights a new run starts from (optimizer and data start anew)."""
+    overlap: bool = True
+    """Let a forward and another micro-batch's backward take turns while rows travel between expert
+    ranks, where the schedule pairs them; False runs every pair one after the other."""
+    recompute: bool = False
+    """Forget RMSNorms and MLA's up-projections in the forward and make them again in the backward
+    (arXiv 2412.19437, 3.2.3): less memory, a few percent more time, the same bits."""
     log_every: int = 1
     """Steps between printed lines when the output is no terminal; every step is recorded."""
 

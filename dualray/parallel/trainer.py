@@ -23,15 +23,18 @@ from dualray.model.stage import IGNORED_LABEL
 from dualray.parallel.balance import global_loads, max_violation, update_biases
 from dualray.parallel.batches import Slicer, TokenSource
 from dualray.parallel.dispatch import AllToAllDispatch
-from dualray.parallel.executor import Executor, MicroBatch, Objective, StepSums
+from dualray.parallel.exchange import Exchange
+from dualray.parallel.executor import Executor
 from dualray.parallel.groups import Group, Groups, Rendezvous, join, leave
 from dualray.parallel.held import EMBEDDING, HeldStages
 from dualray.parallel.layout import Layout
 from dualray.parallel.lr import lr_at
+from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
 from dualray.parallel.optimizer import ParamGroup, make_optimizer
 from dualray.parallel.p2p import PipelineLinks
 from dualray.parallel.phases import Phase
 from dualray.parallel.placement import ExpertPlacement
+from dualray.parallel.spans import OPTIMIZER, SpanTuple
 from dualray.parallel.train_config import TrainConfig
 from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
 from dualray.schedule.forward_only import forward_only
@@ -44,7 +47,7 @@ class StepResult:
 
     `loads` and `max_vio` cover the MoE layers this worker holds, over the whole batch.
     `bubble` is the share of the walk that workers spent waiting for others, averaged.
-    `spans` are this worker's (name, category, start, end), seconds of the epoch.
+    `spans` are what this worker did when.
     """
 
     loss: float
@@ -56,7 +59,7 @@ class StepResult:
     step_time_s: float
     loads: dict[int, list[int]]
     max_vio: dict[int, float]
-    spans: list[tuple[str, str, float, float]]
+    spans: list[SpanTuple]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +112,20 @@ class Trainer:
         self.weight_grads = WeightGrads()
         param_groups = [] if only_serves else param_groups_of(self.held, self.groups)
         self.optimizer = make_optimizer(param_groups, train.optimizer_config())
+        exchange = Exchange()
         self.dispatches: list[ExpertDispatch] = [
-            self._dispatch(group) for group in self.groups.dispatch
+            self._dispatch(group, exchange) for group in self.groups.dispatch
         ]
         self.links = PipelineLinks(self.groups.channels, self.groups.pipeline_ranks)
         self.executor = Executor(
-            self.held, self.at.pipeline, self.links, self.dispatches, self.weight_grads
+            self.held,
+            self.at.pipeline,
+            self.links,
+            self.dispatches,
+            self.weight_grads,
+            exchange=exchange if layout.experts > 1 else None,
+            overlapped=train.overlap,
+            recompute=train.recompute,
         )
         self.slicer = self._slicer()
 
@@ -141,10 +152,10 @@ class Trainer:
             device=self.device,
         )
 
-    def _dispatch(self, group: Group) -> ExpertDispatch:
+    def _dispatch(self, group: Group, exchange: Exchange) -> ExpertDispatch:
         if self.layout.experts == 1:
             return LocalDispatch(self.model.n_routed_experts)
-        return AllToAllDispatch(self.placement, group, self.device)
+        return AllToAllDispatch(self.placement, group, self.device, exchange)
 
     def step(self, step: int, source: TokenSource) -> StepResult:
         """Optimizer step number `step`, counted from 0. A collective over the world.
@@ -155,14 +166,14 @@ class Trainer:
         batches = self.slicer.micro_batches(source, step)
         targets = self._count_targets(batches)
         sums = self.executor.run(self.schedule, batches, self._objective(targets))
-        begin = time.time()
+        begin = time.perf_counter()
         self.optimizer.reduce()
         norm = self._clip(step)
         lr = lr_at(step - self.first_step, self.train.learning_rate())
         self.optimizer.step(lr)
         loads = global_loads(sums.loads, self.groups.dense)
         update_biases(self.held.routers(), loads, self.train.gamma)
-        sums.spans.append(("optimizer", "optimizer", begin, time.time()))
+        sums.spans.add("optimizer", OPTIMIZER, begin, time.perf_counter())
         return self._result(sums, targets, loads, norm, lr, started)
 
     def _count_targets(self, batches: dict[tuple[int, int], MicroBatch]) -> list[int]:
@@ -225,7 +236,7 @@ class Trainer:
             step_time_s=time.perf_counter() - started,
             loads={layer: load.tolist() for layer, load in loads.items()},
             max_vio={layer: max_violation(load) for layer, load in loads.items()},
-            spans=sums.spans,
+            spans=sums.spans.taken,
         )
 
     def evaluate(self, source: TokenSource, num_batches: int) -> HeldOut:
@@ -243,7 +254,8 @@ class Trainer:
         return HeldOut(loss_sum=float(totals[0]), targets=int(totals[1]))
 
     def close(self) -> None:
-        """Let go of optimizer and process groups; weights stay."""
+        """Let go of optimizer, threads and process groups; weights stay."""
+        self.executor.close()
         self.optimizer.close()
         leave()
 

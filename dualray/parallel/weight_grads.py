@@ -1,7 +1,9 @@
 """Weight gradients as a queue of closures, accumulated into flat fp32 main gradients.
 
-During a `B` the closures run at once; during an `I` they are put aside as one batch, and a
-later `W` runs the oldest batch (arXiv 2401.10241 splits backwards this way). Gradients that
+During a `B` the closures run at once, or are held until the backward waits for a message, which
+they fill the time of; during an `I` they are put aside as one batch, and a later `W` runs the
+oldest batch (arXiv 2401.10241 splits backwards this way). They always run in the order in which
+they came, so that sums do not depend on when. Gradients that
 autograd itself produces (norms, router) move into `main_grad` by a hook, so that every
 parameter has its gradient in one place and `param.grad` stays None.
 """
@@ -24,10 +26,13 @@ class WeightGrads:
     def __init__(self) -> None:
         self._queue: deque[list[tuple[Tensor, Accumulate]]] = deque()
         self._open: list[tuple[Tensor, Accumulate]] | None = None
+        self._held: deque[tuple[Tensor, Accumulate]] | None = None
 
     def submit(self, weight: Tensor, accumulate: Accumulate) -> None:
         if self._open is not None:
             self._open.append((weight, accumulate))
+        elif self._held is not None:
+            self._held.append((weight, accumulate))
         else:
             _run(weight, accumulate)
 
@@ -41,6 +46,22 @@ class WeightGrads:
             self._queue.append(self._open)
         finally:
             self._open = None
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Hold what is submitted inside until `run_held`, and at the latest until the end."""
+        assert self._held is None, "holding does not nest"
+        self._held = deque()
+        try:
+            yield
+            self.run_held()
+        finally:
+            self._held = None
+
+    def run_held(self) -> None:
+        """Do the weight gradients that a backward in progress holds, if there are any."""
+        while self._held:
+            _run(*self._held.popleft())
 
     def run_oldest(self) -> None:
         """Do the weight gradients that have waited longest."""

@@ -27,7 +27,7 @@ class PlainAttention:
     """The definition: every query head against its key head, one sequence and row at a time."""
 
     def attend(self, query, ctx):
-        q, k, v = query.expand(ctx.weight_grads)
+        q, k, v = query.expand(ctx)
         share = q.shape[1] // k.shape[1]
         out, start = [], 0
         for length in ctx.seq_lens:

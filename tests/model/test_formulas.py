@@ -70,7 +70,7 @@ class PlainAttention:
                 # The rotary key comes along for the sake of a kernel and is dropped afterwards.
                 v = v[..., : query.latent_TC.shape[1]]
         else:
-            q, k, v = query.expand(ctx.weight_grads)
+            q, k, v = query.expand(ctx)
         H = q.shape[1]
         q, k, v = (x.repeat_interleave(H // x.shape[1], dim=1).transpose(0, 1) for x in (q, k, v))
         out = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).transpose(0, 1)

@@ -14,6 +14,7 @@ from support.processes import free_port, run_ranks
 from dualray.model.context import Routing
 from dualray.parallel import dispatch as module
 from dualray.parallel.dispatch import AllToAllDispatch
+from dualray.parallel.exchange import Exchange
 from dualray.parallel.placement import contiguous_placement
 
 RANKS = 2
@@ -42,7 +43,7 @@ def _there_and_back(rank: int, port: int) -> list[list[np.ndarray]]:
     results = []
     for multiple in (1, 4):
         with mock.patch.object(module, "row_multiple", lambda *_, multiple=multiple: multiple):
-            own = AllToAllDispatch(placement, group, torch.device("cpu"))
+            own = AllToAllDispatch(placement, group, torch.device("cpu"), Exchange())
             dispatched = own.dispatch(LAYER, x, routing)
         assert all(end % multiple == 0 for end in dispatched.offsets.tolist())
         slot = torch.bucketize(

@@ -16,10 +16,12 @@ from dualray.model.config import ModelConfig
 from dualray.model.init import logical_slices, logical_tensors
 from dualray.model.moe import LocalDispatch
 from dualray.parallel.dispatch import AllToAllDispatch
-from dualray.parallel.executor import Executor, MicroBatch, Objective
+from dualray.parallel.exchange import Exchange
+from dualray.parallel.executor import Executor
 from dualray.parallel.groups import Rendezvous, join, leave
 from dualray.parallel.held import EMBEDDING, HeldStages
 from dualray.parallel.layout import Layout
+from dualray.parallel.micro_batch import MicroBatch, Objective
 from dualray.parallel.p2p import PipelineLinks
 from dualray.parallel.placement import contiguous_placement
 from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
@@ -110,14 +112,15 @@ def run_layout(rank: int, config: ModelConfig, layout: Layout, port: int):
     attach_main_grads([*dense.values(), *experts.values()])
     if held.embedding_copy is not None:
         attach_main_grads([held.embedding_copy.weight])
+    exchange = Exchange()
     dispatches = [
-        AllToAllDispatch(placement, group, torch.device("cpu"))
+        AllToAllDispatch(placement, group, torch.device("cpu"), exchange)
         if layout.experts > 1
         else LocalDispatch(config.n_routed_experts)
         for group in groups.dispatch
     ]
     links = PipelineLinks(groups.channels, groups.pipeline_ranks)
-    executor = Executor(held, at.pipeline, links, dispatches, sink)
+    executor = Executor(held, at.pipeline, links, dispatches, sink, exchange=exchange)
     ids, labels = global_batch(config)
     first = (at.replica * layout.experts + at.expert) * per_worker
     batches = {}

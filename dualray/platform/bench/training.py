@@ -23,9 +23,10 @@ from dualray.errors import RunError
 from dualray.model.config import ModelConfig
 from dualray.model.moe import LocalDispatch
 from dualray.parallel.adamw import AdamW
-from dualray.parallel.executor import Executor, MicroBatch, Objective
+from dualray.parallel.executor import Executor
 from dualray.parallel.held import HeldStages
 from dualray.parallel.layout import Coordinate
+from dualray.parallel.micro_batch import MicroBatch, Objective
 from dualray.parallel.optimizer import OptimizerConfig, ParamGroup
 from dualray.parallel.p2p import PipelineLinks
 from dualray.parallel.placement import contiguous_placement
