@@ -7,10 +7,21 @@ from collections.abc import Callable
 
 from dualray.errors import ConfigError
 from dualray.schedule.actions import Schedule
-from dualray.schedule.baselines import one_f_one_b
+from dualray.schedule.baselines import gpipe, one_f_one_b, zb1p
 from dualray.schedule.dualpipe import dualpipe
+from dualray.schedule.dualpipev import dualpipev
 
-KINDS: dict[str, Callable[[int, int], Schedule]] = {"1f1b": one_f_one_b, "dualpipe": dualpipe}
+KINDS: dict[str, Callable[[int, int], Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "zb1p": zb1p,
+    "dualpipev": dualpipev,
+    "dualpipe": dualpipe,
+}
+"""Every schedule by the name that run files use."""
+
+_NEEDS_TWO = {"dualpipe": "two ends to feed", "dualpipev": "two ranks to fold"}
+"""The schedules that one rank cannot run, and why."""
 
 
 def make_schedule(kind: str, num_ranks: int, num_micro_batches: int) -> Schedule:
@@ -25,12 +36,12 @@ def make_schedule(kind: str, num_ranks: int, num_micro_batches: int) -> Schedule
             f"layout.schedule is {kind} and must be one of {', '.join(KINDS)}",
             hint=f"did you mean {close[0]}? set layout.schedule to {close[0]}"
             if close
-            else f"choose {' or '.join(KINDS)}",
+            else "choose 1f1b, which runs with any numbers",
         )
     _at_least_one("layout.pipeline", num_ranks)
     _at_least_one("train.micro_batches", num_micro_batches)
-    if kind == "dualpipe":
-        _check_dualpipe(num_ranks, num_micro_batches)
+    if kind in _NEEDS_TWO:
+        _check_two_way(kind, num_ranks, num_micro_batches)
     return KINDS[kind](num_ranks, num_micro_batches)
 
 
@@ -39,13 +50,13 @@ def _at_least_one(field: str, value: int) -> None:
         raise ConfigError(f"{field} is {value} and must be at least 1", hint=f"set {field} to 1")
 
 
-def _check_dualpipe(num_ranks: int, num_micro_batches: int) -> None:
+def _check_two_way(kind: str, num_ranks: int, num_micro_batches: int) -> None:
     if num_ranks == 1:
         raise ConfigError(
-            "layout.pipeline is 1 and dualpipe needs two ends to feed",
+            f"layout.pipeline is 1 and {kind} needs {_NEEDS_TWO[kind]}",
             hint="set layout.schedule to 1f1b, or layout.pipeline to 2",
         )
-    if num_ranks % 2:
+    if kind == "dualpipe" and num_ranks % 2:
         raise ConfigError(
             f"layout.pipeline is {num_ranks} and must be even with dualpipe",
             hint=f"set layout.pipeline to {num_ranks - 1} or {num_ranks + 1}, "
@@ -53,11 +64,11 @@ def _check_dualpipe(num_ranks: int, num_micro_batches: int) -> None:
         )
     if num_micro_batches < 2 * num_ranks:
         raise ConfigError(
-            f"train.micro_batches is {num_micro_batches} and dualpipe needs at least "
+            f"train.micro_batches is {num_micro_batches} and {kind} needs at least "
             f"2 x layout.pipeline = {2 * num_ranks}",
             hint=f"set train.micro_batches to {2 * num_ranks}, or layout.schedule to 1f1b",
         )
-    if num_micro_batches % 2:
+    if kind == "dualpipe" and num_micro_batches % 2:
         raise ConfigError(
             f"train.micro_batches is {num_micro_batches} and must be even with dualpipe, "
             "which splits them between two directions",

@@ -1,21 +1,38 @@
 """A simulated schedule as text: one row a rank, time to the right, for a terminal.
 
 Labels are short because cells are narrow: the letter is the kind, upper case for direction 0
-and lower case for direction 1, the number is the micro-batch. `F3b1` is an overlapped pair.
+and lower case for direction 1 (the two legs of a V), the number is the micro-batch. `F3b1` is
+an overlapped pair.
 """
 
 from __future__ import annotations
 
-from dualray.schedule.actions import Action, Kind, Overlap, Schedule, Step
-from dualray.schedule.simulate import Costs, Timeline
+from dualray.schedule.actions import Action, Kind, Overlap, Schedule, Step, flatten
+from dualray.schedule.simulate import Timeline
 
-LEGEND = (
-    "F forward, B backward, I input gradient, W weight gradient, F3b1 overlapped pair; "
-    "upper case direction 0, lower case direction 1; '.' idle"
-)
+_NAMES = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.INPUT_GRAD: "input gradient",
+    Kind.WEIGHT_GRAD: "weight gradient",
+}
 
 
-def render(timeline: Timeline, costs: Costs, *, width: int = 120) -> str:
+def legend(schedule: Schedule) -> str:
+    """What the letters that this schedule uses mean."""
+    kinds = {action.kind for steps in schedule.steps for action in flatten(steps)}
+    words = [f"{kind.value} {name}" for kind, name in _NAMES.items() if kind in kinds]
+    if any(isinstance(step, Overlap) for steps in schedule.steps for step in steps):
+        words.append("F3b1 overlapped pair")
+    cases = {
+        (1, 1): "",
+        (2, 1): "upper case first leg, lower case second leg; ",
+        (2, 2): "upper case direction 0, lower case direction 1; ",
+    }[schedule.num_directions, len(schedule.entries)]
+    return f"{', '.join(words)}; {cases}'.' idle"
+
+
+def render(timeline: Timeline, *, width: int = 120) -> str:
     """The timeline in lines of at most `width` characters, wrapped into panels.
 
     Columns are proportional to time. A label that does not fit its step is cut, so steps much
@@ -24,7 +41,12 @@ def render(timeline: Timeline, costs: Costs, *, width: int = 120) -> str:
     if not timeline.makespan:
         return ""
     longest = max(len(label(step)) for row in timeline.rows for step, _, _ in row)
-    unit = min((c for c in (costs.forward, costs.input_grad) if c), default=timeline.makespan)
+    unit = min(
+        end - start
+        for row in timeline.rows
+        for step, start, end in row
+        if isinstance(step, Overlap) or step.kind is not Kind.WEIGHT_GRAD
+    )
     # One column of each step is its separator; a pair needs its whole label within its cost.
     per_unit = 1 + max(
         len(label(step)) * unit / (end - start)

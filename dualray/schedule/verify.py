@@ -4,24 +4,19 @@ The execution model is the executor's: a rank walks its steps in order; before a
 waits for the receives that the step needs; after a step it sends, and sends are buffered.
 Messages travel in channels, one per (forward or backward, direction) and pair of ranks, and
 a channel is first in, first out, so sender and receiver must agree on the order of
-micro-batches. The rules are checked in the order of this file; the first broken one is
-raised as a `ScheduleError`, which means a bug in a generator and never a user's mistake.
+micro-batches. `blocking` proves the same without buffers. The rules are checked in the order
+of this file; the first broken one is raised as a `ScheduleError`, which means a bug in a
+generator and never a user's mistake.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
 
 from dualray.schedule.actions import Action, Kind, Overlap, Schedule, Step, flatten
+from dualray.schedule.blocking import check_blocking
+from dualray.schedule.exchanges import Exchanges, Message, ScheduleError, halves, in_order
 from dualray.schedule.memory import Peaks, peaks_of
-
-Completion = tuple[bool, int, int, int]
-"""(is forward, entry direction, stage, micro-batch): what an action completes or awaits."""
-
-
-class ScheduleError(AssertionError):
-    """A schedule breaks a rule; the message names rank, step and action."""
 
 
 def verify(schedule: Schedule) -> Peaks:
@@ -30,68 +25,12 @@ def verify(schedule: Schedule) -> Peaks:
         _check_complete(schedule, rank)
         _check_local_order(schedule, rank)
     _check_channels(schedule)
-    for _ in replay(schedule):
+    exchanges = Exchanges(schedule)
+    _check_turn(schedule, exchanges)
+    for _ in in_order(schedule, exchanges.takes, exchanges.makes):
         pass
+    check_blocking(schedule)
     return _check_memory(schedule)
-
-
-def halves(step: Step) -> tuple[Action, ...]:
-    """The one or two actions of a step."""
-    return (step.forward, step.backward) if isinstance(step, Overlap) else (step,)
-
-
-def completes(schedule: Schedule, rank: int, action: Action) -> Completion | None:
-    """What others may wait for once `action` is done; None for a W, which nobody awaits."""
-    if action.kind is Kind.WEIGHT_GRAD:
-        return None
-    stage = schedule.stage_of[rank][action.direction]
-    entry = schedule.entry_of(action.direction)
-    return (action.kind is Kind.FORWARD, entry, stage, action.micro_batch)
-
-
-def awaits(schedule: Schedule, rank: int, action: Action) -> Completion | None:
-    """The neighbouring stage's completion that `action` takes its input from, if any.
-
-    The neighbour is on the same rank where a V turns. What a rank needs of its own forward
-    of the same stage is its local order.
-    """
-    stage = schedule.stage_of[rank][action.direction]
-    entry = schedule.entry_of(action.direction)
-    if action.kind is Kind.FORWARD and stage > 0:
-        return (True, entry, stage - 1, action.micro_batch)
-    is_backward = action.kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
-    if is_backward and stage < schedule.num_stages - 1:
-        return (False, entry, stage + 1, action.micro_batch)
-    return None
-
-
-def replay(schedule: Schedule) -> Iterator[tuple[int, int, Step]]:
-    """Yields (rank, index, step) in an order that respects every exchange.
-
-    Raises ScheduleError naming what each waiting rank waits for when no rank can go on.
-    """
-    done: set[Completion] = set()
-    position = [0] * schedule.num_ranks
-    moved = True
-    while moved:
-        moved = False
-        for rank, steps in enumerate(schedule.steps):
-            while position[rank] < len(steps):
-                actions = halves(steps[position[rank]])
-                needs = [awaits(schedule, rank, action) for action in actions]
-                if any(need is not None and need not in done for need in needs):
-                    break
-                yield rank, position[rank], steps[position[rank]]
-                done.update(c for a in actions if (c := completes(schedule, rank, a)))
-                position[rank] += 1
-                moved = True
-    stuck = [
-        f"rank {rank} at step {position[rank]} ({steps[position[rank]]})"
-        for rank, steps in enumerate(schedule.steps)
-        if position[rank] < len(steps)
-    ]
-    if stuck:
-        raise ScheduleError(f"deadlock: {', '.join(stuck)} wait for each other")
 
 
 def _check_complete(schedule: Schedule, rank: int) -> None:
@@ -179,6 +118,21 @@ def _order(steps: tuple[Step, ...], forward: bool, direction: int) -> list[int]:
         and action.kind is not Kind.WEIGHT_GRAD
         and (action.kind is Kind.FORWARD) == forward
     ]
+
+
+def _check_turn(schedule: Schedule, exchanges: Exchanges) -> None:
+    """Where a V turns, what one leg takes is what the other has made in an earlier step."""
+    for rank, steps in enumerate(schedule.steps):
+        made: set[Message] = set()
+        for index, step in enumerate(steps):
+            for message in exchanges.takes[rank][index]:
+                forward, maker, direction, micro_batch = message
+                if maker == rank and message not in made:
+                    text = _text("F" if forward else "B", (direction, micro_batch))
+                    raise ScheduleError(
+                        f"rank {rank} step {index}: {step} before {text}, which hands over to it"
+                    )
+            made.update(exchanges.makes[rank][index])
 
 
 def _check_memory(schedule: Schedule) -> Peaks:

@@ -45,7 +45,7 @@ SURFACE: dict[str, list[str]] = {
     "logs": ["JOB", "--address", "--follow", "--no-follow"],
     "plan": ["MODEL_OR_RUN", "--json"],
     "report": ["RUN_DIR", "--out"],
-    "schedule": ["KIND", "--chunks", "--costs", "--json", "--ranks"],
+    "schedule": ["KIND", "--chunks", "--costs", "--json", "--ranks", "--trace"],
     "score": ["CHECKPOINT", "--json", "--text", "--tokens"],
     "serve": ["CHECKPOINT", "--address", "--set"],
     "status": ["RUN", "--address", "--json"],

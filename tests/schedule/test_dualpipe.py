@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualray.schedule.actions import Action, Kind, Overlap, flatten
-from dualray.schedule.dualpipe import dualpipe, phase_lengths
+from dualray.schedule.dualpipe import dualpipe
+from dualray.schedule.eight_phases import phase_lengths
 from dualray.schedule.verify import verify
 
 EVEN_RANKS = st.integers(1, 8).map(lambda half: 2 * half)
@@ -24,8 +25,14 @@ def test_phase_lengths_at_8_ranks_and_20_micro_batches():
         (2, 3, 1, 5, 1, 3, 1, 3),
         (0, 4, 0, 6, 0, 4, 0, 4),
     ]
-    found = [phase_lengths(rank, 8, 20) for rank in range(8)]
-    assert found == expected + expected[::-1]
+    assert [phase_lengths(distance, depth=4, num_micro_batches=10) for distance in range(4)] == (
+        expected
+    )
+    # Two steps in phases 2, 4, 5, 6 and 7, three in phase 3; the middle ranks' first pair is two.
+    sizes = (1, 2, 3, 2, 2, 2, 2, 1)
+    steps = [sum(n * size for n, size in zip(lengths, sizes)) for lengths in expected]
+    steps[3] += 1
+    assert [len(rank) for rank in dualpipe(8, 20).steps] == steps + steps[::-1]
 
 
 def test_smallest_schedule_in_full():

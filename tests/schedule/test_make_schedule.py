@@ -14,15 +14,35 @@ from dualray.schedule.verify import verify
             "dualpip",
             2,
             8,
-            "layout.schedule is dualpip and must be one of 1f1b, dualpipe; "
+            "layout.schedule is dualpip and must be one of gpipe, 1f1b, zb1p, dualpipev, dualpipe; "
             "did you mean dualpipe? set layout.schedule to dualpipe.",
         ),
         (
-            "gpipe-like",
+            "chimera",
             2,
             8,
-            "layout.schedule is gpipe-like and must be one of 1f1b, dualpipe; "
-            "choose 1f1b or dualpipe.",
+            "layout.schedule is chimera and must be one of gpipe, 1f1b, zb1p, dualpipev, dualpipe; "
+            "choose 1f1b, which runs with any numbers.",
+        ),
+        (
+            "dualpipev",
+            1,
+            8,
+            "layout.pipeline is 1 and dualpipev needs two ranks to fold; "
+            "set layout.schedule to 1f1b, or layout.pipeline to 2.",
+        ),
+        (
+            "dualpipev",
+            3,
+            5,
+            "train.micro_batches is 5 and dualpipev needs at least 2 x layout.pipeline = 6; "
+            "set train.micro_batches to 6, or layout.schedule to 1f1b.",
+        ),
+        (
+            "zb1p",
+            4,
+            0,
+            "train.micro_batches is 0 and must be at least 1; set train.micro_batches to 1.",
         ),
         (
             "dualpipe",
@@ -72,7 +92,16 @@ def test_sentences(kind, ranks, chunks, sentence):
     assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize(("kind", "ranks", "chunks"), [("1f1b", 1, 1), ("dualpipe", 4, 8)])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "chunks"),
+    [
+        ("gpipe", 1, 1),
+        ("1f1b", 1, 1),
+        ("zb1p", 1, 1),
+        ("dualpipev", 3, 7),
+        ("dualpipe", 4, 8),
+    ],
+)
 def test_what_is_made_is_sound(kind, ranks, chunks):
     schedule = make_schedule(kind, ranks, chunks)
     verify(schedule)

@@ -60,9 +60,8 @@ def test_grid_and_summary():
 
 
 def test_grid_shows_idle_time_and_wraps():
-    costs = Costs()
-    timeline = simulate(one_f_one_b(2, 2), costs)
-    assert render(timeline, costs, width=17) == (
+    timeline = simulate(one_f_one_b(2, 2))
+    assert render(timeline, width=17) == (
         "0 F0 F1 ......B0 \n1 ...F0 B0    F1 \n\n0    ...B1    \n1 B1    ......"
     )
 
@@ -71,7 +70,7 @@ def test_grid_shows_idle_time_and_wraps():
     "costs", [Costs(weight_grad=0), Costs(forward=0.01), Costs(overlapped=0.5)]
 )
 def test_grid_rows_are_equally_long_for_odd_costs(costs):
-    lines = render(simulate(dualpipe(4, 10), costs), costs, width=10_000).splitlines()
+    lines = render(simulate(dualpipe(4, 10), costs), width=10_000).splitlines()
     assert len({len(line) for line in lines}) == 1
 
 
@@ -93,7 +92,7 @@ def test_grid_rows_are_equally_long_for_odd_costs(costs):
         ),
         (
             ("1f1b", "--ranks", "2", "--chunks", "4", "--costs", "1,-2,1,1"),
-            "costs.input_grad is -2.0 and must be a finite duration of at least 0; "
+            "costs.input_grad is -2.0 and must be a finite duration above 0; "
             "give four durations in one unit, such as 1,1,1,3.",
         ),
     ],

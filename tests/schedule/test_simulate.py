@@ -89,10 +89,22 @@ def test_steps_of_a_rank_never_overlap_and_inputs_come_first():
 
 
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
-def test_a_duration_is_finite_and_not_negative(value):
+def test_a_weight_gradient_may_take_no_time_but_not_less(value):
+    assert Costs(weight_grad=0).backward == 1
     with pytest.raises(ConfigError) as error:
         Costs(weight_grad=value)
     assert str(error.value) == (
-        f"costs.weight_grad is {value} and must be a finite duration of at least 0; "
+        f"costs.weight_grad is {value} and must be a finite duration of at least 0 "
+        "(0: a backward has no part to defer); give four durations in one unit, such as 1,1,1,3."
+    )
+
+
+@pytest.mark.parametrize("field", ["forward", "input_grad", "overlapped"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_every_other_duration_is_positive(field, value):
+    with pytest.raises(ConfigError) as error:
+        Costs(**{field: value})
+    assert str(error.value) == (
+        f"costs.{field} is {value} and must be a finite duration above 0; "
         "give four durations in one unit, such as 1,1,1,3."
     )

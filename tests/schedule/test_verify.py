@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from dualray.schedule.actions import Action, Kind, Overlap, Schedule
 from dualray.schedule.baselines import one_f_one_b
 from dualray.schedule.dualpipe import dualpipe
+from dualray.schedule.exchanges import ScheduleError
 from dualray.schedule.memory import peaks_of
-from dualray.schedule.verify import ScheduleError, verify
+from dualray.schedule.verify import verify
 
 
 def spoil(schedule, rank, edit):

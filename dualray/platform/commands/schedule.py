@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dualray.errors import ConfigError
+from dualray.platform.trace import Category, Span, write_trace
 from dualray.schedule.actions import Schedule
-from dualray.schedule.make import make_schedule
-from dualray.schedule.render import LEGEND, render, summary
+from dualray.schedule.make import KINDS, make_schedule
+from dualray.schedule.render import legend, render, summary
 from dualray.schedule.simulate import Costs, Timeline, simulate
 from dualray.schedule.verify import verify
 
@@ -20,16 +22,24 @@ _OPTIONS = {
     "layout.pipeline": "--ranks",
     "train.micro_batches": "--chunks",
 }
+_UNIT_S = 1e-3
+"""What one unit of the costs is drawn as in a trace."""
 
 
 def schedule_command(
-    kind: Annotated[str, typer.Argument(help="dualpipe or 1f1b", show_default=False)],
+    kind: Annotated[str, typer.Argument(help=", ".join(KINDS), show_default=False)],
     ranks: Annotated[int, typer.Option(help="pipeline ranks P")],
     chunks: Annotated[int, typer.Option(help="micro-batches of a step, both directions together")],
     costs: Annotated[
         str, typer.Option(metavar="F,I,W,FB", help="durations of a step of each kind, in any unit")
     ] = "1,1,1,3",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON for programs")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="write a trace for Perfetto, a unit of the costs as 1 ms"
+        ),
+    ] = None,
 ) -> None:
     """Show, check and simulate a pipeline schedule."""
     try:
@@ -39,11 +49,15 @@ def schedule_command(
     table = parse_costs(costs)
     verify(schedule)
     timeline = simulate(schedule, table)
+    if trace is not None:
+        write_timeline(trace, timeline)
     if as_json:
         typer.echo(json.dumps(as_dict(schedule, timeline)))
-        return
-    typer.echo(render(timeline, table, width=shutil.get_terminal_size((120, 24)).columns))
-    typer.echo(f"{LEGEND}\n\n{summary(schedule, timeline)}")
+    elif trace is not None:
+        typer.echo(f"{summary(schedule, timeline)}\n\nopen {trace} at https://ui.perfetto.dev")
+    else:
+        typer.echo(render(timeline, width=shutil.get_terminal_size((120, 24)).columns))
+        typer.echo(f"{legend(schedule)}\n\n{summary(schedule, timeline)}")
 
 
 def parse_costs(text: str) -> Costs:
@@ -72,6 +86,26 @@ def as_dict(schedule: Schedule, timeline: Timeline) -> dict[str, Any]:
         "peak_activations": list(timeline.peaks.activations),
         "peak_deferred": list(timeline.peaks.deferred),
     }
+
+
+def write_timeline(path: Path, timeline: Timeline) -> None:
+    """Write the simulation as a Chrome trace; raises ConfigError naming --trace."""
+    spans = [
+        Span(rank, str(step), Category.COMPUTE, start * _UNIT_S, end * _UNIT_S)
+        for rank, row in enumerate(timeline.rows)
+        for step, start, end in row
+    ]
+    names = {rank: f"rank {rank}" for rank in range(len(timeline.rows))}
+    try:
+        # The trace is written beside its place and moved there, which only a file survives.
+        if path.exists() and not path.is_file():
+            raise OSError(None, "it is not a file")
+        write_trace(path, spans, worker_names=names)
+    except OSError as error:
+        raise ConfigError(
+            f"--trace is {path} and cannot be written ({error.strerror})",
+            hint="give a file in a folder that exists and that you may write to",
+        ) from None
 
 
 def _in_option_words(error: ConfigError) -> ConfigError:
