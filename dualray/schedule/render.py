@@ -7,29 +7,20 @@ an overlapped pair.
 
 from __future__ import annotations
 
-from dualray.schedule.actions import Action, Kind, Overlap, Schedule, Step, flatten
+from dualray.schedule.actions import Action, Kind, Overlap, Schedule, Step
 from dualray.schedule.simulate import Timeline
-
-_NAMES = {
-    Kind.FORWARD: "forward",
-    Kind.BACKWARD: "backward",
-    Kind.INPUT_GRAD: "input gradient",
-    Kind.WEIGHT_GRAD: "weight gradient",
-}
+from dualray.schedule.words import KIND_WORDS, direction_words, has_pairs, kinds_of
 
 
 def legend(schedule: Schedule) -> str:
     """What the letters that this schedule uses mean."""
-    kinds = {action.kind for steps in schedule.steps for action in flatten(steps)}
-    words = [f"{kind.value} {name}" for kind, name in _NAMES.items() if kind in kinds]
-    if any(isinstance(step, Overlap) for steps in schedule.steps for step in steps):
+    words = [f"{kind.value} {KIND_WORDS[kind]}" for kind in kinds_of(schedule)]
+    if has_pairs(schedule):
         words.append("F3b1 overlapped pair")
-    cases = {
-        (1, 1): "",
-        (2, 1): "upper case first leg, lower case second leg; ",
-        (2, 2): "upper case direction 0, lower case direction 1; ",
-    }[schedule.num_directions, len(schedule.entries)]
-    return f"{', '.join(words)}; {cases}'.' idle"
+    cases = [
+        f"{case} case {name}" for case, name in zip(("upper", "lower"), direction_words(schedule))
+    ]
+    return "; ".join([", ".join(words), *([", ".join(cases)] if cases else []), "'.' idle"])
 
 
 def render(timeline: Timeline, *, width: int = 120) -> str:
