@@ -179,6 +179,7 @@ class StageWorker:
             replica=trainer.at.replica,
             expert=trainer.at.expert,
             stages=stages,
+            entries={direction: trainer.schedule.entry_of(direction) for direction in stages},
             transport=PipelineTransport(
                 trainer.links, trainer.schedule, trainer.at.pipeline, trainer.device
             ),

@@ -145,13 +145,21 @@ class PipelineTransport:
         self._schedule = schedule
         self._rank = pipeline_rank
         self._device = device
+        self._handed: dict[int, Tensor] = {}
+        """By receiving direction, what goes from one stage of this rank to the next."""
 
     def send(self, direction: int, hidden_TD: Tensor) -> None:
         to = self._schedule.downstream(self._rank, direction)
         assert to is not None, "the last stage sends nothing on"
-        self._links.send(FORWARD, direction, hidden_TD, to[0])
+        rank, to_direction = to
+        if rank == self._rank:
+            self._handed[to_direction] = hidden_TD
+        else:
+            self._links.send(FORWARD, to_direction, hidden_TD, rank)
 
     def receive(self, direction: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        if direction in self._handed:
+            return self._handed.pop(direction)
         source = self._schedule.upstream(self._rank, direction)
         assert source is not None, "the first stage receives nothing"
         incoming = self._links.post(FORWARD, direction, shape, dtype, self._device, source[0])
@@ -164,7 +172,9 @@ class PipelineTransport:
 class StepRunner:
     """One worker's walk through a step.
 
-    `stages[direction]` is the stage that this worker applies to that direction.
+    `stages[direction]` is the stage that this worker applies to that direction, `entries[direction]`
+    the direction that its requests entered in and belong to (another one on the way back of a V);
+    by default their own.
     """
 
     def __init__(
@@ -174,10 +184,12 @@ class StepRunner:
         expert: int,
         stages: Mapping[int, StageRunner],
         transport: Transport | None = None,
+        entries: Mapping[int, int] | None = None,
     ) -> None:
         self._replica = replica
         self._expert = expert
         self._stages = stages
+        self._entries = {d: d for d in stages} if entries is None else entries
         self._transport = transport
 
     def run(self, plan: StepPlan) -> list[Sampled]:
@@ -187,10 +199,12 @@ class StepRunner:
         stage waits for them, so no two workers wait for each other.
         """
         sampled: list[Sampled] = []
-        active = [d for d in plan.directions(self._replica) if d in self._stages]
+        entered = plan.directions(self._replica)
+        active = [d for d in self._stages if self._entries[d] in entered]
         for direction in sorted(active, key=lambda d: self._stages[d].stage.layer_range.start):
             runner = self._stages[direction]
-            owner = Owner(replica=self._replica, expert=self._expert, direction=direction)
+            entry = self._entries[direction]
+            owner = Owner(replica=self._replica, expert=self._expert, direction=entry)
             sequences = plan.sequences(owner)
             num_tokens = sum(len(sequence.ids) for sequence in sequences)
             output = runner.run(sequences, self._input(runner, direction, num_tokens))

@@ -83,14 +83,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dx_TD[rows] = (d_logits_RV @ weight_VD) * scale_R1
                 _add_mm(dw_VD, d_logits_RV.t(), (x_RD * scale_R1).to(x_TD.dtype))
         if gradients:
-            ctx.save_for_backward(dx_TD, dw_VD, weight_VD)
-            ctx.submit = submit
+            ctx.save_for_backward(dx_TD, dw_VD)
+            # Not saved: what comes back from there may be another object, without its main_grad.
+            ctx.weight_VD, ctx.submit = weight_VD, submit
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        dx_TD, dw_VD, weight_VD = ctx.saved_tensors
+        (dx_TD, dw_VD), weight_VD = ctx.saved_tensors, ctx.weight_VD
         dx = dx_TD * dy.to(dx_TD.dtype)
         if ctx.submit is None:
             return dx, (dw_VD * dy).to(weight_VD.dtype), None, None, None

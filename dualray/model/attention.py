@@ -16,7 +16,7 @@ from dualray.kernels.causal_attention import causal_attention
 from dualray.model.config import ModelConfig
 from dualray.model.context import AttentionQuery, ForwardContext
 from dualray.model.linear import Linear
-from dualray.model.norm import RMSNorm
+from dualray.model.norm import RMSNorm, normed
 from dualray.model.recompute import Again
 from dualray.model.rope import rotate_tail, softmax_scale
 
@@ -155,11 +155,10 @@ class MultiHeadLatentAttention(nn.Module):
             return self._queries(self.q_proj(x_TD, sink), ctx), latent, k_rope
         widths = (rank, *self._latent_widths)
         compressed, latent, k_rope = self.qkv_a_proj(x_TD, sink).split(widths, dim=-1)
-        normed = self.q_a_layernorm(compressed)
-        q_THd = self._queries(self.q_b_proj(normed, sink), ctx)
+        normed_q, again = normed(self.q_a_layernorm, compressed, ctx)
+        q_THd = self._queries(self.q_b_proj(normed_q, sink), ctx)
         if ctx.recompute is not None:
-            kept = compressed.detach()
-            again = ctx.recompute.forget(lambda: (self.q_a_layernorm(kept),), normed)
+            assert again is not None
             ctx.recompute.forget(
                 lambda: (self._queries(self.q_b_proj(again.look(), None), ctx),), q_THd
             )
@@ -173,10 +172,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
         q_THd, latent, k_rope = self._project(x_TD, ctx)
         assert ctx.cos_sin is not None
-        latent_TC, latent_again = self.kv_a_layernorm(latent), None
-        if ctx.recompute is not None:
-            kept = latent.detach()
-            latent_again = ctx.recompute.forget(lambda: (self.kv_a_layernorm(kept),), latent_TC)
+        latent_TC, latent_again = normed(self.kv_a_layernorm, latent, ctx)
         query = LatentQuery(
             layer=self.layer,
             q_THd=q_THd,

@@ -15,7 +15,7 @@ from dualray.model.attention import make_attention
 from dualray.model.config import ModelConfig
 from dualray.model.context import Dispatched, ForwardContext, Routing
 from dualray.model.moe import FeedForward, MoE
-from dualray.model.norm import RMSNorm
+from dualray.model.norm import RMSNorm, normed
 
 
 @dataclass(kw_only=True)
@@ -43,18 +43,11 @@ class Block(nn.Module):
         )
 
     def attend(self, x_TD: Tensor, ctx: ForwardContext) -> Attended:
-        residual = x_TD + self.self_attn(self._normed(self.input_layernorm, x_TD, ctx), ctx)
-        normed = self._normed(self.post_attention_layernorm, residual, ctx)
-        routing = self.mlp.gate(normed, ctx) if isinstance(self.mlp, MoE) else None
-        return Attended(residual_TD=residual, normed_TD=normed, routing=routing)
-
-    @staticmethod
-    def _normed(norm: RMSNorm, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
-        normed = norm(x_TD)
-        if ctx.recompute is not None:
-            x_TD = x_TD.detach()
-            ctx.recompute.forget(lambda: (norm(x_TD),), normed)
-        return normed
+        normed_TD, _ = normed(self.input_layernorm, x_TD, ctx)
+        residual_TD = x_TD + self.self_attn(normed_TD, ctx)
+        normed_TD, _ = normed(self.post_attention_layernorm, residual_TD, ctx)
+        routing = self.mlp.gate(normed_TD, ctx) if isinstance(self.mlp, MoE) else None
+        return Attended(residual_TD=residual_TD, normed_TD=normed_TD, routing=routing)
 
     def dispatch(self, attended: Attended, ctx: ForwardContext) -> Dispatched | None:
         if attended.routing is None:

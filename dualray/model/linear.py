@@ -29,14 +29,15 @@ class _SplitLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: WeightGradSink
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.sink = bias, sink
+        ctx.save_for_backward(x)
+        # Not saved: what comes back from there may be another object, without its main_grad.
+        ctx.weight, ctx.bias, ctx.sink = weight, bias, sink
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
 
         def accumulate(main_grad: Tensor) -> None:
             if main_grad.dtype == dy.dtype:
@@ -55,14 +56,14 @@ class _SplitGroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, sink: WeightGradSink
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, offsets)
-        ctx.sink = sink
+        ctx.save_for_backward(x, offsets)
+        ctx.weight, ctx.sink = weight, sink
         return grouped_gemm.grouped_mm(x, weight, offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight, offsets = ctx.saved_tensors
+        (x, offsets), weight = ctx.saved_tensors, ctx.weight
         dy = dy.contiguous()
 
         def accumulate(main_grad: Tensor) -> None:
@@ -75,19 +76,19 @@ class _SplitGroupedLinear(torch.autograd.Function):
 class _SplitEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, sink: WeightGradSink) -> Tensor:
-        ctx.save_for_backward(ids, weight)
-        ctx.sink = sink
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.sink = weight, sink
         return weight.index_select(0, ids)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
-        ids, weight = ctx.saved_tensors
+        (ids,) = ctx.saved_tensors
 
         def accumulate(main_grad: Tensor) -> None:
             main_grad.index_add_(0, ids, dy.to(main_grad.dtype))
 
-        ctx.sink.submit(weight, accumulate)
+        ctx.sink.submit(ctx.weight, accumulate)
         return None, None, None
 
 

@@ -1,4 +1,4 @@
-"""The model's RMSNorm layer."""
+"""The model's RMSNorm layer, kept or made again in the backward."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dualray.kernels.rms_norm import rms_norm
+from dualray.model.context import ForwardContext
+from dualray.model.recompute import Again
 
 
 class RMSNorm(nn.Module):
@@ -18,3 +20,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+def normed(norm: RMSNorm, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Again | None]:
+    """norm(x), and what makes it again where the context wants that."""
+    out = norm(x)
+    if ctx.recompute is None:
+        return out, None
+    kept = x.detach()
+    return out, ctx.recompute.forget(lambda: (norm(kept),), out)

@@ -10,7 +10,7 @@ exchanges there is nothing to hide and they run one after the other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -129,8 +129,8 @@ class _Walk:
         self.sums = StepSums()
         self.live: dict[tuple[int, int], _Live] = {}
         self.incoming: dict[_Message, Incoming] = {}
-        self.handed: dict[_Message, Tensor] = {}
-        """Messages to this rank itself, where a V turns."""
+        self.arrived: dict[_Message, Tensor] = {}
+        """Those that are here, from this rank itself too, where a V turns."""
         self.steps = schedule.steps[executor._rank]
         self.trains = any(action.kind is not Kind.FORWARD for action in flatten(self.steps))
 
@@ -149,7 +149,7 @@ class _Walk:
                 self._run(step)
             links.drain()
         assert not self.live, "a micro-batch has no backward"
-        assert not self.incoming | self.handed, "a message was never taken"
+        assert not self.incoming | self.arrived, "a message was never taken"
         assert not len(self.e._weight_grads), "weight gradients are left"
         sums.elapsed_s = time.perf_counter() - started
         sums.waited_s = links.waited_s
@@ -158,23 +158,20 @@ class _Walk:
         return sums
 
     def _run(self, step: Step) -> None:
-        strands = self.e._strands
-        if isinstance(step, Overlap) and strands is not None:
+        for action in flatten((step,)):
+            if (message := _input_of(action)) in self.incoming:
+                self.arrived[message] = self.e._links.wait(self.incoming.pop(message))
+        if isinstance(step, Overlap) and self.e._strands is not None:
             # The backward begins: its first message leaves after the least work, and the
             # forward's attention hides it.
-            backward, forward = (partial(self._do, half) for half in (step.backward, step.forward))
-            self._timed(str(step), partial(strands.run, backward, forward))
+            begin = time.perf_counter()
+            self.e._strands.run(partial(self._do, step.backward), partial(self._do, step.forward))
+            self.sums.spans.add(str(step), COMPUTE, begin, time.perf_counter())
             return
         for action in flatten((step,)):
-            self._timed(str(action), partial(self._do, action))
-
-    def _timed(self, name: str, work: Callable[[], None]) -> None:
-        links = self.e._links
-        waited, begin = links.waited_s, time.perf_counter()
-        work()
-        # Waiting for the input comes first within a step; what follows is work.
-        ready = begin + links.waited_s - waited
-        self.sums.spans.add(name, COMPUTE, ready, time.perf_counter())
+            begin = time.perf_counter()
+            self._do(action)
+            self.sums.spans.add(str(action), COMPUTE, begin, time.perf_counter())
 
     def _do(self, action: Action) -> None:
         weight_grads = self.e._weight_grads
@@ -217,7 +214,7 @@ class _Walk:
             assert batch.ids_T is not None
             x_TD = stage.embed(batch.ids_T, ctx)
         else:
-            x_TD = self._receive(action)
+            x_TD = self.arrived.pop(_input_of(action))
             x_TD.requires_grad_(self.trains)
         y_TD = stage(x_TD, ctx)
         sink = self.schedule.downstream(self.e._rank, action.direction)
@@ -241,7 +238,7 @@ class _Walk:
         live = self.live.pop((action.direction, action.micro_batch))
         gradients: list[Tensor | None] = [None] * len(live.outputs)
         if not live.is_last:
-            gradients[0] = self._receive(action)
+            gradients[0] = self.arrived.pop(_input_of(action))
         torch.autograd.backward(live.outputs, gradients)
         sink = self.schedule.upstream(self.e._rank, action.direction)
         if sink is not None:
@@ -269,16 +266,10 @@ class _Walk:
                 kind, direction, shape, self.e._dtype, self.e._device, source[0]
             )
 
-    def _receive(self, action: Action) -> Tensor:
-        message = _input_of(action)
-        if message in self.handed:
-            return self.handed.pop(message)
-        return self.e._links.wait(self.incoming.pop(message))
-
     def _send(self, kind: str, action: Action, tensor: Tensor, sink: tuple[int, int]) -> None:
         rank, direction = sink
         if rank == self.e._rank:
-            self.handed[kind, direction, action.micro_batch] = tensor.detach()
+            self.arrived[kind, direction, action.micro_batch] = tensor.detach()
         else:
             self.e._links.send(kind, direction, tensor, rank)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +22,31 @@ from dualray.schedule.actions import Schedule
 EMBEDDING = "embed_tokens.weight"
 
 
-def split_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Contiguous, nearly equal layer ranges; earlier stages take what is left over.
+def split_layers(num_layers: int, num_stages: int, layers: Sequence[int] = ()) -> list[range]:
+    """Contiguous layer ranges: `layers[s]` for stage s, or nearly equal ones if that is empty.
 
-    The last stage also has the head and the MTP modules, so it gets no extra layer.
-    Raises ConfigError if there are more stages than layers.
+    Of nearly equal ranges the earlier ones take what is left over: the last stage also has the
+    head and the MTP modules, so it gets no extra layer. Raises ConfigError if there are more
+    stages than layers, or `layers` does not cut them.
     """
     if num_stages > num_layers:
         raise ConfigError(
-            f"model.num_hidden_layers {num_layers} is fewer than the {num_stages} stages of "
-            f"layout.pipeline {num_stages}, and every stage needs a layer",
-            hint=f"set layout.pipeline to {num_layers} or less",
+            f"model.num_hidden_layers {num_layers} is fewer than the schedule's {num_stages} "
+            "stages, and every stage needs a layer",
+            hint=f"choose layout.pipeline and layout.schedule for {num_layers} stages or less",
+        )
+    if layers and (
+        len(layers) != num_stages or sum(layers) != num_layers or min(layers, default=1) < 1
+    ):
+        raise ConfigError(
+            f"layout.layers is {list(layers)} and must be {num_stages} numbers of at least 1, one "
+            f"a stage, that sum to model.num_hidden_layers {num_layers}",
+            hint="correct it, or leave it out for nearly equal stages",
         )
     share, extra = divmod(num_layers, num_stages)
-    ranges, start = [], 0
-    for stage in range(num_stages):
-        stop = start + share + (stage < extra)
-        ranges.append(range(start, stop))
-        start = stop
-    return ranges
+    counts = layers or [share + (stage < extra) for stage in range(num_stages)]
+    ends = list(itertools.accumulate(counts))
+    return [range(end - count, end) for end, count in zip(ends, counts)]
 
 
 class HeldStages:
@@ -61,8 +68,10 @@ class HeldStages:
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
+        layers: Sequence[int] = (),
     ) -> None:
-        ranges = split_layers(config.num_hidden_layers, schedule.num_stages)
+        """`layers` cuts the model as in `split_layers`."""
+        ranges = split_layers(config.num_hidden_layers, schedule.num_stages, layers)
         self.config = config
         self.stages: dict[int, Stage] = {}
         for index in sorted(set(schedule.stage_of[at.pipeline])):

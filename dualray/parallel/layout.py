@@ -7,7 +7,7 @@ and the schedule's stage map; nothing caches a rank anywhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dualray.errors import ConfigError
 from dualray.schedule.actions import Schedule
@@ -24,18 +24,35 @@ class Layout:
     replicas: int = 1
     """Copies of the whole pipeline x experts grid."""
     schedule: str = ""
-    """`dualpipe` or `1f1b`; unset it is dualpipe for an even pipeline, else 1f1b."""
+    """`dualpipe`, `dualpipev`, `zb1p`, `1f1b` or `gpipe`; unset it is dualpipe for an even
+    pipeline, else 1f1b. `auto` starts with that and lets the scheduler decide by measured costs."""
+    layers: tuple[int, ...] = ()
+    """Layers of each stage in the model's order; unset they are nearly equal. dualpipev has two
+    stages a pipeline rank, the others one."""
 
     def __post_init__(self) -> None:
         if not self.schedule:
-            kind = "1f1b" if self.pipeline % 2 else "dualpipe"
-            object.__setattr__(self, "schedule", kind)
+            object.__setattr__(self, "schedule", self._default_schedule)
         for field in ("pipeline", "experts", "replicas"):
             if getattr(self, field) < 1:
                 raise ConfigError(
                     f"layout.{field} is {getattr(self, field)} and must be at least 1",
                     hint=f"set layout.{field} to 1 or more",
                 )
+
+    @property
+    def _default_schedule(self) -> str:
+        return "1f1b" if self.pipeline % 2 else "dualpipe"
+
+    @property
+    def concrete(self) -> Layout:
+        """The layout that a run starts with: itself, unless the scheduler is to decide."""
+        return replace(self, schedule=self._default_schedule) if self.is_open else self
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the scheduler decides."""
+        return self.schedule == "auto"
 
     @property
     def world_size(self) -> int:

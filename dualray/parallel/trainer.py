@@ -107,6 +107,7 @@ class Trainer:
             seed=seed,
             dtype=getattr(torch, train.dtype),
             device=self.device,
+            layers=layout.layers,
         )
         self.groups = join(layout, self.schedule, rank, rendezvous, device=device, hosted=hosted)
         self.weight_grads = WeightGrads()

@@ -169,7 +169,7 @@ class Controller:
         ).remote(
             model_name=run.name,
             tokenizer=load_tokenizer(tokenizer_folder),
-            owners=owners(run.layout.replicas, run.layout.experts, schedule.num_directions),
+            owners=owners(run.layout.replicas, run.layout.experts, len(schedule.entries)),
             limits=self._limits(),
             config=run.serve,
             workers=self._gang.workers,

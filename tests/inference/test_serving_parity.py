@@ -156,6 +156,7 @@ LAYOUTS = (
     Layout(pipeline=2, experts=2, schedule="dualpipe"),
     Layout(pipeline=4, schedule="1f1b"),
     Layout(pipeline=2, replicas=2, schedule="dualpipe"),
+    Layout(pipeline=2, experts=2, schedule="dualpipev"),
 )
 
 
@@ -188,6 +189,7 @@ def train_and_serve(rank: int, ports):
             expert=trainer.at.expert,
             stages=stages,
             transport=transport,
+            entries={direction: trainer.schedule.entry_of(direction) for direction in stages},
         )
 
         def run_step(plan, walk=walk):
@@ -195,7 +197,7 @@ def train_and_serve(rank: int, ports):
             dist.all_gather_object(parts, walk.run(plan))
             return [sampled for part in parts for sampled in part]
 
-        counts = (layout.replicas, layout.experts, trainer.schedule.num_directions)
+        counts = (layout.replicas, layout.experts, len(trainer.schedule.entries))
         served = [
             generate(make_scheduler(*counts, prompts=prompts), run_step, prompts)
             for prompts in LOTS

@@ -59,7 +59,9 @@ def test_layers_split_without_gaps(num_layers: int) -> None:
 
 
 def test_more_stages_than_layers_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"num_hidden_layers 3 is fewer than the 4 stages"):
+    with pytest.raises(
+        ConfigError, match=r"num_hidden_layers 3 is fewer than the schedule's 4 stages"
+    ):
         split_layers(3, 4)
 
 

@@ -11,21 +11,14 @@ import torch
 import torch.distributed as dist
 from support.models import forward_losses, random_batch, tiny_config, training_context, whole_model
 from support.processes import free_port, run_ranks
+from support.walks import make_walker
 
 from dualray.model.config import ModelConfig
-from dualray.model.init import logical_slices, logical_tensors
-from dualray.model.moe import LocalDispatch
-from dualray.parallel.dispatch import AllToAllDispatch
-from dualray.parallel.exchange import Exchange
-from dualray.parallel.executor import Executor
-from dualray.parallel.groups import Rendezvous, join, leave
-from dualray.parallel.held import EMBEDDING, HeldStages
+from dualray.model.init import logical_slices
+from dualray.parallel.groups import leave
+from dualray.parallel.held import EMBEDDING
 from dualray.parallel.layout import Layout
-from dualray.parallel.micro_batch import MicroBatch, Objective
-from dualray.parallel.p2p import PipelineLinks
-from dualray.parallel.placement import contiguous_placement
-from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
-from dualray.schedule.make import make_schedule
+from dualray.parallel.micro_batch import Objective
 
 WORLD = 4
 GLOBAL_MICRO_BATCHES = 8
@@ -37,6 +30,11 @@ LAYOUTS = [
     Layout(pipeline=4, experts=1, schedule="1f1b"),
     Layout(pipeline=2, experts=1, replicas=2, schedule="dualpipe"),
     Layout(pipeline=1, experts=4, schedule="1f1b"),
+    Layout(pipeline=2, experts=2, schedule="dualpipev"),
+    Layout(pipeline=2, replicas=2, schedule="dualpipev", layers=(1, 2, 1, 1)),
+    Layout(pipeline=4, schedule="zb1p", layers=(2, 1, 1, 1)),
+    Layout(pipeline=2, experts=2, schedule="zb1p"),
+    Layout(pipeline=4, schedule="gpipe"),
 ]
 
 
@@ -89,51 +87,14 @@ def run_layouts(rank: int, config: ModelConfig, ports: list[int]):
 
 
 def run_layout(rank: int, config: ModelConfig, layout: Layout, port: int):
-    per_worker = GLOBAL_MICRO_BATCHES // (layout.replicas * layout.experts)
-    schedule = make_schedule(layout.schedule, layout.pipeline, per_worker)
-    groups = join(
-        layout,
-        schedule,
-        rank,
-        Rendezvous(host="127.0.0.1", port=port, timeout_s=60),
-        device=torch.device("cpu"),
-    )
-    at = layout.coordinate(rank)
-    placement = contiguous_placement(config, layout.experts)
-    held = HeldStages(
-        config, schedule, at, placement, seed=0, dtype=torch.float64, device=torch.device("cpu")
-    )
-    source = logical_tensors(whole_model(config, dtype=torch.float64))
-    for stage in held.stages.values():
-        for name, view in logical_tensors(stage).items():
-            view.copy_(source[name])
-    sink = WeightGrads()
+    worker = make_walker(rank, config, layout, port, global_micro_batches=GLOBAL_MICRO_BATCHES)
+    held, groups = worker.held, worker.groups
     dense, experts = held.dense_parameters(), held.expert_parameters()
-    attach_main_grads([*dense.values(), *experts.values()])
-    if held.embedding_copy is not None:
-        attach_main_grads([held.embedding_copy.weight])
-    exchange = Exchange()
-    dispatches = [
-        AllToAllDispatch(placement, group, torch.device("cpu"), exchange)
-        if layout.experts > 1
-        else LocalDispatch(config.n_routed_experts)
-        for group in groups.dispatch
-    ]
-    links = PipelineLinks(groups.channels, groups.pipeline_ranks)
-    executor = Executor(held, at.pipeline, links, dispatches, sink, exchange=exchange)
     ids, labels = global_batch(config)
-    first = (at.replica * layout.experts + at.expert) * per_worker
-    batches = {}
-    for direction in range(schedule.num_directions):
-        for index in range(schedule.micro_batches_of(direction)):
-            sample = first + direction * schedule.micro_batches_of(0) + index
-            batches[direction, index] = MicroBatch(
-                positions_T=torch.arange(SEQ_LEN).repeat(SEQUENCES),
-                seq_lens=(SEQ_LEN,) * SEQUENCES,
-                ids_T=ids[sample].flatten(),
-                labels_DT=labels[:, sample].flatten(1),
-            )
-    sums = executor.run(schedule, batches, objective(config))
+    lengths = (SEQ_LEN,) * SEQUENCES
+    packed = [(ids[n].flatten(), labels[:, n].flatten(1), lengths) for n in range(len(ids))]
+    sums = worker.walk(packed, objective(config))
+    worker.executor.close()
     totals = torch.tensor([sums.main, sum(sums.mtp), sums.balance], dtype=torch.float64)
     dist.all_reduce(totals)
     for name, parameter in dense.items():
@@ -162,7 +123,7 @@ def run_layout(rank: int, config: ModelConfig, layout: Layout, port: int):
 @pytest.mark.multiproc
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_loss_and_gradients_equal_the_one_process_model(tied: bool) -> None:
-    config = tiny_config(tie_word_embeddings=tied)
+    config = tiny_config(num_hidden_layers=5, tie_word_embeddings=tied)
     main, mtp, balance, loads, gradients = reference(config)
     ports = [free_port() for _ in LAYOUTS]
     results = run_ranks(run_layouts, WORLD, config, ports)

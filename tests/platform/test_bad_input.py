@@ -117,8 +117,8 @@ def trained(run_file: Path, *, step: int = 4) -> RunFolder:
         ),
         (
             "layout={pipeline: 6, schedule: 1f1b}",
-            "model.num_hidden_layers 4 is fewer than the 6 stages of layout.pipeline 6, and every "
-            "stage needs a layer; set layout.pipeline to 4 or less.",
+            "model.num_hidden_layers 4 is fewer than the schedule's 6 stages, and every "
+            "stage needs a layer; choose layout.pipeline and layout.schedule for 4 stages or less.",
         ),
         (
             "train.seq_len=300",

@@ -261,8 +261,8 @@ def test_the_name_becomes_a_folder() -> None:
         ),
         (
             ["layout.pipeline=6", "train.micro_batches=12"],
-            "model.num_hidden_layers 4 is fewer than the 6 stages of layout.pipeline 6, and every "
-            "stage needs a layer; set layout.pipeline to 4 or less.",
+            "model.num_hidden_layers 4 is fewer than the schedule's 6 stages, and every "
+            "stage needs a layer; choose layout.pipeline and layout.schedule for 4 stages or less.",
         ),
         (
             ["serve.compile_batch=1", "layout.experts=2"],

@@ -1,0 +1,163 @@
+"""Pairs that take turns: same bits as one after the other, and really in turns."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from support.models import random_batch, tiny_config
+from support.processes import free_port, run_ranks
+from support.walks import make_walker
+
+from dualray.model.config import ModelConfig
+from dualray.parallel.groups import leave
+from dualray.parallel.layout import Layout
+from dualray.parallel.micro_batch import Objective
+from dualray.parallel.overlap import Strands
+from dualray.parallel.spans import COMMUNICATION
+
+WORLD = 4
+MICRO_BATCHES = 12
+LAYOUTS = [
+    Layout(pipeline=2, experts=2, schedule="dualpipe"),
+    Layout(pipeline=2, experts=2, schedule="dualpipev"),
+]
+MODES = [
+    {"overlapped": False},
+    {"overlapped": True},
+    {"overlapped": False, "recompute": True},
+    {"overlapped": True, "recompute": True},
+]
+
+
+def packed_batch(config: ModelConfig):
+    """Micro-batches of one to three sequences of different lengths, 17 to 29 tokens in all."""
+    packed = []
+    for number in range(MICRO_BATCHES):
+        lengths = ((9, 11, 5), (17,), (4, 25), (13, 13))[number % 4]
+        ids, labels = random_batch(config, 1, sum(lengths), seed=number)
+        packed.append((ids[0], labels[:, 0], lengths))
+    return packed
+
+
+def walk_modes(rank: int, config: ModelConfig, ports: list[int], dtype: torch.dtype):
+    found = []
+    for layout in LAYOUTS:
+        for mode in MODES:
+            worker = make_walker(
+                rank,
+                config,
+                layout,
+                ports[len(found)],
+                global_micro_batches=MICRO_BATCHES,
+                dtype=dtype,
+                **mode,
+            )
+            goal = Objective(main=1e-2, mtp=(3e-3, 3e-3), balance=1e-3)
+            sums = worker.walk(packed_batch(config), goal)
+            worker.executor.close()
+            bits = {
+                name: hashlib.sha256(parameter.main_grad.numpy().tobytes()).hexdigest()
+                for name, parameter in worker.parameters().items()
+            }
+            losses = (sums.main, tuple(sums.mtp), sums.balance)
+            loads = {layer: counts.tolist() for layer, counts in sums.loads.items()}
+            found.append((losses, loads, bits, sums.spans.taken))
+            leave()
+    return found
+
+
+def exchanges_within_pairs(spans) -> list[str]:
+    """Per pair the kinds of its exchanges by start: f of the forward, b of the backward."""
+    orders = []
+    for name, category, start, end in spans:
+        if "&" in name and category != COMMUNICATION:
+            inside = sorted(
+                (begin, "b" if "gradient" in what else "f")
+                for what, kind, begin, _ in spans
+                if kind == COMMUNICATION and start <= begin <= end
+            )
+            orders.append("".join(letter for _, letter in inside))
+    return orders
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_overlapped_equals_sequential_bit_for_bit(dtype: torch.dtype) -> None:
+    config = tiny_config(num_hidden_layers=8)
+    ports = [free_port() for _ in range(len(LAYOUTS) * len(MODES))]
+    by_rank = run_ranks(walk_modes, WORLD, config, ports, dtype)
+    for rank, found in enumerate(by_rank):
+        for at in range(len(LAYOUTS)):
+            sequential, overlapped, *recomputed = found[at * len(MODES) : (at + 1) * len(MODES)]
+            for other in (overlapped, *recomputed):
+                assert other[:3] == sequential[:3], (LAYOUTS[at], rank)
+            orders = exchanges_within_pairs(overlapped[3])
+            assert orders
+            for order in orders:
+                # The backward begins and the forward joins before it has ended.
+                assert order.startswith("bf"), order
+                assert "fb" in order, order
+            assert not exchanges_within_pairs(sequential[3])
+
+
+class Log:
+    """Two strands that note each of their turns."""
+
+    def __init__(self) -> None:
+        self.prepared = 0
+        self.strands = Strands(self._prepare)
+        self.events: list[str] = []
+
+    def _prepare(self) -> None:
+        self.prepared += 1
+
+    def strand(self, name: str, turns: int, fails_at: int | None = None):
+        def work() -> None:
+            try:
+                for turn in range(turns):
+                    self.events.append(f"{name}{turn}")
+                    if turn == fails_at:
+                        raise ValueError(name)
+                    self.strands.hand_over()
+            finally:
+                self.events.append(f"{name} ends")
+
+        return work
+
+
+@pytest.fixture
+def log():
+    made = Log()
+    yield made
+    made.strands.close()
+
+
+def test_strands_take_turns_until_one_ends(log) -> None:
+    log.strands.run(log.strand("a", 2), log.strand("b", 4))
+    assert log.events == ["a0", "b0", "a1", "b1", "a ends", "b2", "b3", "b ends"]
+
+
+def test_alone_a_strand_goes_on(log) -> None:
+    log.strand("a", 3)()
+    assert log.events == ["a0", "a1", "a2", "a ends"]
+
+
+def test_one_thread_serves_all_pairs(log) -> None:
+    for _ in range(3):
+        log.strands.run(log.strand("a", 1), log.strand("b", 1))
+    assert log.prepared == 1
+
+
+@pytest.mark.parametrize("failing", ["a", "b"])
+def test_a_failing_strand_unwinds_the_other(log, failing: str) -> None:
+    fails = {name: 1 if name == failing else None for name in "ab"}
+    with pytest.raises(ValueError, match=failing):
+        log.strands.run(log.strand("a", 5, fails["a"]), log.strand("b", 5, fails["b"]))
+    assert {"a ends", "b ends"} <= set(log.events)
+    assert f"{failing}2" not in log.events
+    # They can be used again.
+    log.events.clear()
+    log.strands.run(log.strand("a", 1), log.strand("b", 1))
+    assert log.events == ["a0", "b0", "a ends", "b ends"]
