@@ -13,12 +13,15 @@ from dualray.schedule.eight_phases import eight_phases
 
 
 def dualpipev(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """The DualPipeV schedule; at least 2 ranks and 2P micro-batches (asserted).
+    """The DualPipeV schedule; at least 1 rank and 2P micro-batches (asserted).
+
+    One rank has nobody to wait for, and still pairs forwards with backwards, so that they can hide
+    each other's exchanges between expert ranks.
 
     Rank p holds at most 2P+1 live micro-batches, counted once a leg, and p+1 queued weight
     gradients.
     """
-    assert num_ranks >= 2, num_ranks
+    assert num_ranks >= 1, num_ranks
     assert num_micro_batches >= 2 * num_ranks, num_micro_batches
     ranks = range(num_ranks)
     return Schedule(

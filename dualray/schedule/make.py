@@ -20,7 +20,7 @@ KINDS: dict[str, Callable[[int, int], Schedule]] = {
 }
 """Every schedule by the name that run files use."""
 
-_NEEDS_TWO = {"dualpipe": "two ends to feed", "dualpipev": "two ranks to fold"}
+_TWO_WAY = ("dualpipev", "dualpipe")
 """The schedules that one rank cannot run, and why."""
 
 
@@ -40,7 +40,7 @@ def make_schedule(kind: str, num_ranks: int, num_micro_batches: int) -> Schedule
         )
     _at_least_one("layout.pipeline", num_ranks)
     _at_least_one("train.micro_batches", num_micro_batches)
-    if kind in _NEEDS_TWO:
+    if kind in _TWO_WAY:
         _check_two_way(kind, num_ranks, num_micro_batches)
     return KINDS[kind](num_ranks, num_micro_batches)
 
@@ -51,10 +51,10 @@ def _at_least_one(field: str, value: int) -> None:
 
 
 def _check_two_way(kind: str, num_ranks: int, num_micro_batches: int) -> None:
-    if num_ranks == 1:
+    if kind == "dualpipe" and num_ranks == 1:
         raise ConfigError(
-            f"layout.pipeline is 1 and {kind} needs {_NEEDS_TWO[kind]}",
-            hint="set layout.schedule to 1f1b, or layout.pipeline to 2",
+            "layout.pipeline is 1 and dualpipe needs two ends to feed",
+            hint="set layout.schedule to dualpipev or 1f1b, or layout.pipeline to 2",
         )
     if kind == "dualpipe" and num_ranks % 2:
         raise ConfigError(
