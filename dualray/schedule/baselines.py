@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
-from dualray.schedule.actions import Action, Kind, Schedule, Step
+from dualray.schedule.actions import Action, Kind, Schedule, Step, flatten
 
 
 def gpipe(num_ranks: int, num_micro_batches: int) -> Schedule:
@@ -44,29 +46,29 @@ def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
 
 
 def zb1p(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """ZB1P, the hand-made ZB-H1: 1F1B with split backwards (arXiv 2401.10241, section 2).
+    """ZB1P, the hand-made ZB-H1: 1F1B with every backward split (arXiv 2401.10241).
 
     Rank r runs each weight gradient r micro-batches late, so what it holds for live
     micro-batches (P-r) and queued weight gradients (r) together is 1F1B's largest, P. Within
     a turn the newest is queued before the oldest runs: at most r+1.
     """
+    plain = one_f_one_b(num_ranks, num_micro_batches)
 
     def steps(rank: int) -> tuple[Step, ...]:
-        warm_up = min(num_ranks - 1 - rank, num_micro_batches)
-        steps: list[Step] = [Action(Kind.FORWARD, 0, m) for m in range(warm_up)]
-        for m in range(num_micro_batches):
-            if warm_up + m < num_micro_batches:
-                steps.append(Action(Kind.FORWARD, 0, warm_up + m))
-            steps.append(Action(Kind.INPUT_GRAD, 0, m))
-            if m >= rank:
-                steps.append(Action(Kind.WEIGHT_GRAD, 0, m - rank))
-        late = range(max(num_micro_batches - rank, 0), num_micro_batches)
-        steps.extend(Action(Kind.WEIGHT_GRAD, 0, m) for m in late)
-        return tuple(steps)
+        steps: list[Step] = []
+        late = deque[int]()
+        for action in flatten(plain.steps[rank]):
+            if action.kind is Kind.FORWARD:
+                steps.append(action)
+                continue
+            steps.append(replace(action, kind=Kind.INPUT_GRAD))
+            late.append(action.micro_batch)
+            if len(late) > rank:
+                steps.append(Action(Kind.WEIGHT_GRAD, 0, late.popleft()))
+        return (*steps, *(Action(Kind.WEIGHT_GRAD, 0, m) for m in late))
 
-    held = tuple(min(num_ranks - rank, num_micro_batches) for rank in range(num_ranks))
     queued = tuple(min(rank + 1, num_micro_batches) for rank in range(num_ranks))
-    return _schedule("zb1p", num_ranks, num_micro_batches, steps, held, queued)
+    return _schedule("zb1p", num_ranks, num_micro_batches, steps, plain.max_activations, queued)
 
 
 def _schedule(

@@ -17,7 +17,7 @@ receive a channel is a rule for every schedule.
 from __future__ import annotations
 
 from dualray.schedule.actions import Schedule
-from dualray.schedule.exchanges import Exchanges, Message, in_order
+from dualray.schedule.exchanges import Exchanges, Message, ScheduleError, in_order
 
 _Event = tuple[str, Message]
 
@@ -44,8 +44,11 @@ def check_blocking(schedule: Schedule) -> None:
                 for taken, made in zip(takes, makes)
             ]
         )
-    for _ in in_order(schedule, needs, gives):
-        pass
+    try:
+        for _ in in_order(schedule, needs, gives):
+            pass
+    except ScheduleError as deadlock:
+        raise ScheduleError(f"{deadlock}, if sends block") from None
 
 
 def _previous_in_channel(exchanges: Exchanges) -> dict[Message, Message]:

@@ -109,12 +109,13 @@ def simulate(
     Raises ScheduleError when the schedule deadlocks.
     """
     assert 0 <= exchange < float("inf"), exchange
-    stages = (costs or Costs(),) * schedule.num_stages if not isinstance(costs, Sequence) else costs
-    assert len(stages) == schedule.num_stages, (len(stages), schedule.num_stages)
+    if costs is None or isinstance(costs, Costs):
+        costs = (costs or Costs(),) * schedule.num_stages
+    assert len(costs) == schedule.num_stages, (len(costs), schedule.num_stages)
     exchanges = Exchanges(schedule)
     arrives: dict[Message, float] = {}
     rows: list[list[tuple[Step, float, float]]] = [[] for _ in schedule.steps]
-    duration_of = [_durations([stages[s] for s in held]) for held in schedule.stage_of]
+    duration_of = [_durations([costs[stage] for stage in held]) for held in schedule.stage_of]
     idle_from = [0.0] * schedule.num_ranks
     for rank, index in in_order(schedule, exchanges.takes, exchanges.makes):
         step = schedule.steps[rank][index]

@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 
 from dualray.errors import ConfigError
 from dualray.platform.commands.schedule import schedule_command
-from dualray.schedule.baselines import one_f_one_b
+from dualray.platform.trace import read_trace
+from dualray.schedule.baselines import gpipe, one_f_one_b, zb1p
 from dualray.schedule.dualpipe import dualpipe
-from dualray.schedule.render import render
+from dualray.schedule.render import legend, render
 from dualray.schedule.simulate import Costs, simulate
 
 
@@ -59,6 +60,71 @@ def test_grid_and_summary():
     ]
 
 
+def test_grid_of_a_v_names_its_legs():
+    result = invoke("dualpipev", "--ranks", "2", "--chunks", "4")
+    assert result.stdout.splitlines() == [
+        "0 F0 F1 F2 f0 i0 w  f1 F3b1     ...f2B0     b2    ...f3B1     b3    I2 W  I3 W  ",
+        "1 ...F0 f0 F1 f1 F2 b0    f2B0     F3b1     f3B1     b2    B2    ...i3 I3 w  W  ",
+        "F forward, B backward, I input gradient, W weight gradient, F3b1 overlapped pair; "
+        "upper case first leg, lower case second leg; '.' idle",
+        "",
+        "dualpipev: 2 ranks, 4 micro-batches, verified",
+        "makespan 26, bubble 7.7%, idle per rank 2 to 2",
+        "peak live micro-batches per rank 5, peak queued weight gradients 1, 2",
+    ]
+
+
+def test_legend_lists_only_what_is_drawn():
+    assert legend(gpipe(2, 2)) == "F forward, B backward; '.' idle"
+    assert legend(zb1p(2, 2)) == "F forward, I input gradient, W weight gradient; '.' idle"
+
+
+def test_trace_opens_as_a_timeline_of_milliseconds(tmp_path):
+    path = tmp_path / "pipeline.json"
+    result = invoke("1f1b", "--ranks", "2", "--chunks", "2", "--trace", str(path))
+    assert result.stdout.splitlines() == [
+        "1f1b: 2 ranks, 2 micro-batches, verified",
+        "makespan 9, bubble 33.3%, idle per rank 3 to 3",
+        "peak live micro-batches per rank 2, 1, peak queued weight gradients 0",
+        "",
+        f"open {path} at https://ui.perfetto.dev",
+    ]
+    trace = read_trace(path)
+    assert [(span.rank, span.name) for span in trace.spans if span.rank == 1] == [
+        (1, "F0.0"), (1, "B0.0"), (1, "F0.1"), (1, "B0.1"),
+    ]  # fmt: skip
+    assert [span.end_s for span in trace.spans if span.rank == 0] == pytest.approx(
+        [0.001, 0.002, 0.006, 0.009]
+    )
+    assert trace.bubble() == pytest.approx(1 / 3)
+    events = json.loads(path.read_text())["traceEvents"]
+    titles = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert titles == ["rank 0", "rank 1"]
+
+
+def test_trace_and_json_together(tmp_path):
+    path = tmp_path / "pipeline.json"
+    result = invoke("gpipe", "--ranks", "2", "--chunks", "2", "--json", "--trace", str(path))
+    assert json.loads(result.stdout)["kind"] == "gpipe"
+    assert path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("none/t.json", "No such file or directory"), ("", "it is not a file")]
+)
+def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path, name, why):
+    path = tmp_path / name
+    result = invoke("1f1b", "--ranks", "2", "--chunks", "2", "--trace", str(path))
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.exit_code == 2
+    assert str(result.exception) == (
+        f"--trace is {path} and cannot be written ({why}); "
+        "give a file in a folder that exists and that you may write to."
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}*.partial"))
+
+
 def test_grid_shows_idle_time_and_wraps():
     timeline = simulate(one_f_one_b(2, 2))
     assert render(timeline, width=17) == (
@@ -85,6 +151,16 @@ def test_grid_rows_are_equally_long_for_odd_costs(costs):
             ("dualpipe", "--ranks", "4", "--chunks", "6"),
             "--chunks is 6 and dualpipe needs at least 2 x --ranks = 8; "
             "set --chunks to 8, or KIND to 1f1b.",
+        ),
+        (
+            ("dualpipev", "--ranks", "3", "--chunks", "5"),
+            "--chunks is 5 and dualpipev needs at least 2 x --ranks = 6; "
+            "set --chunks to 6, or KIND to 1f1b.",
+        ),
+        (
+            ("interleaved", "--ranks", "3", "--chunks", "5"),
+            "KIND is interleaved and must be one of gpipe, 1f1b, zb1p, dualpipev, dualpipe; "
+            "choose 1f1b, which runs with any numbers.",
         ),
         (
             ("1f1b", "--ranks", "2", "--chunks", "4", "--costs", "1,2"),

@@ -7,36 +7,42 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualray.errors import ConfigError
-from dualray.schedule.baselines import one_f_one_b
+from dualray.schedule.baselines import one_f_one_b, zb1p
 from dualray.schedule.dualpipe import dualpipe
-from dualray.schedule.simulate import Costs, simulate
+from dualray.schedule.dualpipev import dualpipev
+from dualray.schedule.make import KINDS, make_schedule
+from dualray.schedule.simulate import Costs, paired, simulate
 
 
-def formula(ranks, costs):
-    return (ranks / 2 - 1) * (costs.overlapped + costs.backward - 3 * costs.weight_grad)
+def formula(stages, costs):
+    return (stages / 2 - 1) * (costs.overlapped + costs.backward - 3 * costs.weight_grad)
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    half=st.integers(1, 8),
-    extra=st.integers(0, 12),
-    forward=st.integers(1, 8),
-    weight=st.integers(0, 8),
-    saved=st.integers(0, 8),
-)
-def test_dualpipe_bubble_equals_the_formula_when_f_is_i_and_w_is_no_longer(
-    half, extra, forward, weight, saved
-):
-    weight = min(weight, forward)
-    # The pair costs between its backward alone and both halves in turn.
-    costs = Costs(
+@st.composite
+def even_costs(draw):
+    """F = I and W no longer, and a pair between its backward alone and both halves in turn."""
+    forward = draw(st.integers(1, 8))
+    weight = draw(st.integers(0, forward))
+    return Costs(
         forward=forward,
         input_grad=forward,
         weight_grad=weight,
-        overlapped=2 * forward + weight - min(saved, forward),
+        overlapped=2 * forward + weight - draw(st.integers(0, forward)),
     )
+
+
+@settings(deadline=None, max_examples=60)
+@given(half=st.integers(1, 8), extra=st.integers(0, 12), costs=even_costs())
+def test_dualpipe_bubble_equals_the_formula_when_f_is_i_and_w_is_no_longer(half, extra, costs):
     timeline = simulate(dualpipe(2 * half, 4 * half + 2 * extra), costs)
     assert max(timeline.idle) == formula(2 * half, costs)
+
+
+@settings(deadline=None, max_examples=60)
+@given(ranks=st.integers(2, 16), extra=st.integers(0, 12), costs=even_costs())
+def test_dualpipev_bubble_equals_the_formula_of_its_stages(ranks, extra, costs):
+    timeline = simulate(dualpipev(ranks, 2 * ranks + extra), costs)
+    assert max(timeline.idle) == formula(2 * ranks, costs)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +64,7 @@ def test_published_comparison_at_16_ranks():
         return max(simulate(schedule, Costs(overlapped=overlapped)).idle)
 
     assert idle(one_f_one_b(16, 40), 3) == 45
+    assert idle(zb1p(16, 40), 3) == 15
     assert idle(dualpipe(16, 40), 3) == 14
     assert idle(dualpipe(16, 40), 2) == 7
 
@@ -73,6 +80,63 @@ def test_timeline_of_the_smallest_dualpipe():
         ("F1.1&B0.0", 5, 8),
         ("B1.1", 8, 10),
     ]
+
+
+def test_equal_stages_are_one_table():
+    table = Costs(forward=0.3, input_grad=0.7, weight_grad=0.1, overlapped=0.9)
+    for kind in KINDS:
+        schedule = make_schedule(kind, 4, 9 if kind == "dualpipev" else 10)
+        assert simulate(schedule, [table] * schedule.num_stages) == simulate(schedule, table)
+
+
+def test_a_pair_of_two_stages_takes_the_mean_of_what_each_hides():
+    slow = Costs(forward=4, input_grad=3, weight_grad=3, overlapped=6)  # hides 4
+    quick = Costs(forward=1, input_grad=1, weight_grad=1, overlapped=3)  # hides nothing
+    assert paired(slow, slow) == 6
+    assert paired(quick, quick) == 3
+    assert paired(slow, quick) == 4 + 2 - 2
+    assert paired(quick, slow) == 1 + 6 - 2 - -1  # the slow backward alone takes 6
+    rows = simulate(dualpipe(2, 4), [slow, quick]).rows
+    pairs = {str(step): end - start for row in rows for step, start, end in row if "&" in str(step)}
+    # Rank 0 holds the slow stage for direction 0, rank 1 for direction 1.
+    assert pairs == {"F1.1&B0.0": paired(quick, slow), "F0.1&B1.0": paired(quick, slow)}
+
+
+def test_the_slowest_stage_sets_the_pace():
+    stages = [Costs(), Costs(forward=3, input_grad=2, weight_grad=2), Costs()]
+    timeline = simulate(one_f_one_b(3, 50), stages)
+    # The slow rank idles only before its first input and while rank 0 does the last backward.
+    assert timeline.idle[1] == 1 + 2
+    assert timeline.makespan == 50 * 7 + timeline.idle[1]
+
+
+def test_an_exchange_delays_the_neighbour_and_occupies_nobody():
+    timeline = simulate(one_f_one_b(2, 2), exchange=0.5)
+    assert [(str(step), start, end) for step, start, end in timeline.rows[1]] == [
+        ("F0.0", 1.5, 2.5),
+        ("B0.0", 2.5, 4.5),
+        ("F0.1", 4.5, 5.5),
+        ("B0.1", 5.5, 7.5),
+    ]
+    assert [(str(step), start, end) for step, start, end in timeline.rows[0]] == [
+        ("F0.0", 0, 1),
+        ("F0.1", 1, 2),
+        ("B0.0", 5, 7),
+        ("B0.1", 8, 10),
+    ]
+
+
+def test_the_turn_of_a_v_costs_no_exchange():
+    timeline = simulate(dualpipev(2, 4), exchange=0.5)
+    starts = {str(step): start for step, start, _ in timeline.rows[1]}
+    assert (starts["F0.0"], starts["F1.0"]) == (1.5, 2.5)
+
+
+def test_costs_must_be_as_many_as_stages():
+    with pytest.raises(AssertionError):
+        simulate(dualpipev(2, 4), [Costs()] * 2)
+    with pytest.raises(AssertionError):
+        simulate(dualpipev(2, 4), exchange=-1)
 
 
 def test_steps_of_a_rank_never_overlap_and_inputs_come_first():

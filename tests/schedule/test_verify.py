@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualray.schedule.actions import Action, Kind, Overlap, Schedule
-from dualray.schedule.baselines import one_f_one_b
+from dualray.schedule.baselines import gpipe, one_f_one_b, zb1p
 from dualray.schedule.dualpipe import dualpipe
+from dualray.schedule.dualpipev import dualpipev
 from dualray.schedule.exchanges import ScheduleError
 from dualray.schedule.memory import peaks_of
 from dualray.schedule.verify import verify
@@ -44,6 +45,7 @@ def put(schedule, rank, text, *steps_in_place):
 
 ONE = one_f_one_b(2, 4)
 DUAL = dualpipe(4, 10)
+FOLDED = dualpipev(3, 7)
 
 
 def test_missing_forward_backward_and_weight_gradient():
@@ -118,6 +120,34 @@ def test_channel_order_differs():
     )
 
 
+def test_channels_of_a_v_lead_from_leg_to_leg():
+    def edit(steps):
+        steps[0], steps[1] = steps[1], steps[0]
+
+    assert sentence(spoil(FOLDED, 1, edit)) == (
+        "channel F0 from rank 0 to rank 1: message 0 is micro-batch 0, expected 1"
+    )
+
+
+def test_the_turn_of_a_v_hands_over_within_a_rank():
+    at = index_of(FOLDED, 2, "F0.0"), index_of(FOLDED, 2, "F1.0")
+
+    def late_forward(steps):
+        steps[at[0]], steps[at[1]] = steps[at[1]], steps[at[0]]
+
+    assert sentence(spoil(FOLDED, 2, late_forward)) == (
+        "rank 2 step 0: F1.0 before F0.0, which hands over to it"
+    )
+
+    def early_backward(steps):
+        steps.remove(Action(Kind.BACKWARD, 1, 0))
+        steps.insert(index_of(FOLDED, 2, "F1.3&B0.0"), Action(Kind.BACKWARD, 1, 0))
+
+    assert sentence(spoil(FOLDED, 2, early_backward)) == (
+        "rank 2 step 7: F1.3&B0.0 before B1.0, which hands over to it"
+    )
+
+
 def test_deadlock_names_every_waiting_rank():
     # Locally fine and in channel order, but each end waits for the other's first message.
     steps = []
@@ -153,7 +183,7 @@ def test_a_pair_holds_both_of_its_micro_batches():
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_any_removed_duplicated_or_renumbered_step_is_found(data):
-    schedule = data.draw(st.sampled_from([ONE, DUAL, dualpipe(2, 6), one_f_one_b(4, 6)]))
+    schedule = data.draw(st.sampled_from([ONE, DUAL, FOLDED, zb1p(3, 5), gpipe(2, 3)]))
     rank = data.draw(st.integers(0, schedule.num_ranks - 1))
     at = data.draw(st.integers(0, len(schedule.steps[rank]) - 1))
     how = data.draw(st.sampled_from(["remove", "repeat", "renumber"]))
@@ -177,7 +207,7 @@ def test_any_removed_duplicated_or_renumbered_step_is_found(data):
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_swapping_two_steps_of_one_direction_and_kind_is_found(data):
-    schedule = data.draw(st.sampled_from([ONE, DUAL, one_f_one_b(4, 6)]))
+    schedule = data.draw(st.sampled_from([ONE, DUAL, FOLDED, zb1p(3, 5), gpipe(2, 3)]))
     rank = data.draw(st.integers(0, schedule.num_ranks - 1))
     steps = schedule.steps[rank]
     groups = {}
