@@ -21,7 +21,7 @@ KINDS: dict[str, Callable[[int, int], Schedule]] = {
 """Every schedule by the name that run files use."""
 
 _TWO_WAY = ("dualpipev", "dualpipe")
-"""The schedules that one rank cannot run, and why."""
+"""Those whose ranks work for two directions at once."""
 
 
 def make_schedule(kind: str, num_ranks: int, num_micro_batches: int) -> Schedule:
