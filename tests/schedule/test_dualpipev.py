@@ -12,7 +12,7 @@ from dualray.schedule.verify import verify
 
 @st.composite
 def sizes(draw):
-    ranks = draw(st.integers(2, 16))
+    ranks = draw(st.integers(1, 16))
     return ranks, 2 * ranks + draw(st.integers(0, 20))
 
 
@@ -20,6 +20,12 @@ def test_smallest_schedule_in_full():
     assert [" ".join(map(str, steps)) for steps in dualpipev(2, 4).steps] == [
         "F0.0 F0.1 F0.2 F1.0 I1.0 W F1.1 F0.3&B1.1 F1.2&B0.0 B1.2 F1.3&B0.1 B1.3 I0.2 W I0.3 W",
         "F0.0 F1.0 F0.1 F1.1 F0.2 B1.0 F1.2&B0.0 F0.3&B1.1 F1.3&B0.1 B1.2 B0.2 I1.3 I0.3 W W",
+    ]
+
+
+def test_one_rank_pairs_both_legs_of_different_micro_batches():
+    assert [" ".join(map(str, steps)) for steps in dualpipev(1, 3).steps] == [
+        "F0.0 F1.0 F0.1 B1.0 F1.1&B0.0 F0.2&B1.1 F1.2&B0.1 B1.2 I0.2 W"
     ]
 
 
@@ -44,7 +50,7 @@ def test_counts_and_memory(size):
         assert weight_grads == 2 * ranks - rank - 1
 
 
-@pytest.mark.parametrize(("ranks", "chunks"), [(1, 4), (3, 5), (0, 4)])
+@pytest.mark.parametrize(("ranks", "chunks"), [(1, 1), (3, 5), (0, 4)])
 def test_impossible_sizes_are_our_own_bug(ranks, chunks):
     with pytest.raises(AssertionError):
         dualpipev(ranks, chunks)

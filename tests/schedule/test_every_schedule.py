@@ -15,9 +15,9 @@ from dualray.schedule.verify import verify
 @st.composite
 def schedules(draw):
     kind = draw(st.sampled_from(list(KINDS)))
-    ranks, extra = draw(st.integers(2, 16)), draw(st.integers(0, 24))
+    ranks, extra = draw(st.integers(1, 16)), draw(st.integers(0, 24))
     if kind == "dualpipe":
-        ranks, extra = ranks - ranks % 2, 2 * extra
+        ranks, extra = ranks + ranks % 2, 2 * extra
     least = 2 * ranks if kind.startswith("dualpipe") else 1
     return make_schedule(kind, ranks, least + extra)
 

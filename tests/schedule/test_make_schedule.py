@@ -27,9 +27,9 @@ from dualray.schedule.verify import verify
         (
             "dualpipev",
             1,
-            8,
-            "layout.pipeline is 1 and dualpipev needs two ranks to fold; "
-            "set layout.schedule to 1f1b, or layout.pipeline to 2.",
+            1,
+            "train.micro_batches is 1 and dualpipev needs at least 2 x layout.pipeline = 2; "
+            "set train.micro_batches to 2, or layout.schedule to 1f1b.",
         ),
         (
             "dualpipev",
@@ -56,7 +56,7 @@ from dualray.schedule.verify import verify
             1,
             8,
             "layout.pipeline is 1 and dualpipe needs two ends to feed; "
-            "set layout.schedule to 1f1b, or layout.pipeline to 2.",
+            "set layout.schedule to dualpipev or 1f1b, or layout.pipeline to 2.",
         ),
         (
             "dualpipe",
@@ -98,6 +98,7 @@ def test_sentences(kind, ranks, chunks, sentence):
         ("gpipe", 1, 1),
         ("1f1b", 1, 1),
         ("zb1p", 1, 1),
+        ("dualpipev", 1, 2),
         ("dualpipev", 3, 7),
         ("dualpipe", 4, 8),
     ],

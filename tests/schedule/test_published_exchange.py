@@ -142,7 +142,7 @@ def programs_of(schedule):
 
 SCHEDULES = [
     *(dualpipe(ranks, 2 * ranks + extra) for ranks in range(2, 17, 2) for extra in (0, 2, 10)),
-    *(dualpipev(ranks, 2 * ranks + extra) for ranks in range(2, 17) for extra in (0, 1, 8)),
+    *(dualpipev(ranks, 2 * ranks + extra) for ranks in range(1, 17) for extra in (0, 1, 8)),
 ]
 
 

@@ -39,7 +39,7 @@ def test_dualpipe_bubble_equals_the_formula_when_f_is_i_and_w_is_no_longer(half,
 
 
 @settings(deadline=None, max_examples=60)
-@given(ranks=st.integers(2, 16), extra=st.integers(0, 12), costs=even_costs())
+@given(ranks=st.integers(1, 16), extra=st.integers(0, 12), costs=even_costs())
 def test_dualpipev_bubble_equals_the_formula_of_its_stages(ranks, extra, costs):
     timeline = simulate(dualpipev(ranks, 2 * ranks + extra), costs)
     assert max(timeline.idle) == formula(2 * ranks, costs)

@@ -79,7 +79,7 @@ def test_zb1p(ranks, chunks):
     assert_equal_orders(zb1p(ranks, chunks), lambda rank: generate(stand_in, rank))
 
 
-@pytest.mark.parametrize(("ranks", "chunks"), [size for size in SIZES if size[0] > 1])
+@pytest.mark.parametrize(("ranks", "chunks"), SIZES[1:])
 def test_dualpipev(ranks, chunks):
     stand_in = SimpleNamespace(pp_group_size=ranks, _n_microbatches=chunks)
     generate = schedules.ScheduleDualPipeV._calculate_single_rank_operations
