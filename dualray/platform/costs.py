@@ -21,10 +21,14 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
 from dualray.schedule.actions import Action, Kind, Overlap, Schedule, Step
+from dualray.schedule.exchanges import Exchanges
 from dualray.schedule.simulate import Costs
 
 StepTime = tuple[str, float]
 """(text of a step, as its span is named; its duration): `F0.3`, `W`, `F0.3&B1.2`."""
+
+StepSpan = tuple[str, float, float]
+"""(text of a step, its start, its end), on a clock that all workers share."""
 
 _Solo = tuple[int, Kind]
 """(stage, kind)."""
@@ -49,7 +53,8 @@ def measured_costs(
         slowest: defaultdict[_Solo | _Pair, float] = defaultdict(float)
         for worker in workers:
             durations: defaultdict[_Solo | _Pair, list[float]] = defaultdict(list)
-            for step, (_, duration) in zip(steps_done([t for t, _ in worker], steps), worker):
+            done = _matched([text for text, _ in worker], steps)
+            for (_, step), (_, duration) in zip(done, worker):
                 durations[_key(step, stages)].append(duration)
             for key, values in durations.items():
                 slowest[key] = max(slowest[key], median(values))
@@ -67,23 +72,64 @@ def measured_costs(
     return _with_pairs(costs, {key: fmean(values) for key, values in pairs.items()})
 
 
-def steps_done(texts: Sequence[str], steps: Sequence[Step]) -> Iterator[Step]:
-    """Which step each text stands for, when a rank has walked `steps` once or several times.
+def measured_exchange(walks: Sequence[Sequence[Sequence[StepSpan]]], schedule: Schedule) -> float:
+    """How long a message between pipeline ranks takes, as far as somebody waited for it.
 
-    This tells the W's apart, and notices a pair that ran as its two halves, one after the other:
-    the halves are then what was done.
+    `walks[rank]` has a list for each worker at that pipeline rank, with one walk of `schedule`;
+    workers at the same place of their lists send to each other. 0 where nobody waited. Clocks of
+    two nodes that differ cancel where both ways are waited for: what the one seems to take
+    longer, the other seems to take less.
+    """
+    exchanges = Exchanges(schedule)
+    made_at = {
+        message: (rank, index)
+        for rank, makes in enumerate(exchanges.makes)
+        for index, made in enumerate(makes)
+        for message in made
+    }
+    delays: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+    for workers in zip(*walks, strict=True):
+        times = [_times(worker, steps) for worker, steps in zip(workers, schedule.steps)]
+        for rank, takes in enumerate(exchanges.takes):
+            for index, taken in enumerate(takes):
+                makers = [made_at[message] for message in taken]
+                # What a pair sends leaves somewhere in its middle, so its end tells nothing.
+                if not makers or any(
+                    maker == rank or isinstance(schedule.steps[maker][at], Overlap)
+                    for maker, at in makers
+                ):
+                    continue
+                sent, source = max((times[maker][at][1], maker) for maker, at in makers)
+                if index == 0 or times[rank][index - 1][1] < sent:
+                    delays[source, rank].append(times[rank][index][0] - sent)
+    return max(0.0, fmean(map(median, delays.values()))) if delays else 0.0
+
+
+def _times(walk: Sequence[StepSpan], steps: Sequence[Step]) -> list[tuple[float, float]]:
+    """When each step of one walk started and ended, a pair's halves together."""
+    times: dict[int, tuple[float, float]] = {}
+    for (index, _), (_, start, end) in zip(_matched([text for text, _, _ in walk], steps), walk):
+        times[index] = (times[index][0] if index in times else start, end)
+    return [times[index] for index in range(len(steps))]
+
+
+def _matched(texts: Sequence[str], steps: Sequence[Step]) -> Iterator[tuple[int, Step]]:
+    """What each text stands for, when a rank has walked `steps` once or several times.
+
+    Yields the number of the step, and the step itself or a half of it: a pair that ran as its
+    halves, one after the other, is found here, and the W's are told apart.
     """
     done = 0
     while done < len(texts):
-        for step in steps:
-            halves = (step,)
-            if isinstance(step, Overlap) and texts[done] != str(step):
+        for index, step in enumerate(steps):
+            halves: tuple[Step, ...] = (step,)
+            if isinstance(step, Overlap) and texts[done : done + 1] != [str(step)]:
                 halves = (step.forward, step.backward)
             for half in halves:
                 found = texts[done] if done < len(texts) else "nothing"
                 assert found == str(half), f"{found} was done where the schedule has {half}"
                 done += 1
-                yield half
+                yield index, half
 
 
 def _key(step: Step, stages: tuple[int, ...]) -> _Solo | _Pair:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from dualray.platform.costs import measured_costs
+from dualray.platform.costs import measured_costs, measured_exchange
 from dualray.schedule.actions import Action, Overlap, Schedule
 from dualray.schedule.make import KINDS, make_schedule
 from dualray.schedule.simulate import Costs, simulate
@@ -128,3 +128,27 @@ def test_other_steps_than_the_schedule_has_are_our_own_bug() -> None:
     times[1][0].pop()
     with pytest.raises(AssertionError, match="nothing was done where the schedule has B0"):
         measured_costs(times, schedule)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_what_a_message_takes_is_measured_where_somebody_waits(kind: str) -> None:
+    schedule = make_schedule(kind, 4, 12)
+    rows = simulate(schedule, exchange=0.25).rows
+    walks = [[[(str(step), start, end) for step, start, end in row]] for row in rows]
+    assert measured_exchange(walks, schedule) == pytest.approx(0.25)
+
+
+def test_clocks_that_differ_cancel() -> None:
+    schedule = make_schedule("1f1b", 4, 12)
+    rows = simulate(schedule, exchange=0.25).rows
+    walks = [[[(str(step), start, end) for step, start, end in row]] for row in rows]
+    # A clock that is fast makes every message to it look slow and every one from it quick.
+    walks[1] = [[(text, start + 0.1, end + 0.1) for text, start, end in walks[1][0]]]
+    assert measured_exchange(walks, schedule) == pytest.approx(0.25)
+
+
+def test_without_messages_none_takes_time() -> None:
+    schedule = make_schedule("1f1b", 1, 3)
+    [row] = simulate(schedule).rows
+    walk = [(str(step), start, end) for step, start, end in row]
+    assert measured_exchange([[walk, walk]], schedule) == 0.0
