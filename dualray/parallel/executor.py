@@ -20,14 +20,14 @@ from torch import Tensor
 from dualray.model.attention import CausalAttention
 from dualray.model.context import ExpertDispatch, ForwardContext, RoutingTape
 from dualray.model.recompute import Recompute
-from dualray.model.stage import Losses, Stage
+from dualray.model.stage import Losses
 from dualray.parallel.exchange import Exchange
 from dualray.parallel.groups import BACKWARD, FORWARD
-from dualray.parallel.held import HeldStages
 from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
 from dualray.parallel.overlap import Strands
 from dualray.parallel.p2p import Incoming, PipelineLinks
-from dualray.parallel.spans import COMPUTE
+from dualray.parallel.spans import COMPUTE, WAITING
+from dualray.parallel.walkable import Walkable, WalkableStage
 from dualray.parallel.weight_grads import WeightGrads
 from dualray.schedule.actions import Action, Kind, Overlap, Schedule, Step, flatten
 
@@ -54,7 +54,7 @@ class Executor:
 
     def __init__(
         self,
-        held: HeldStages,
+        held: Walkable,
         pipeline_rank: int,
         links: PipelineLinks,
         dispatches: Sequence[ExpertDispatch],
@@ -160,7 +160,8 @@ class _Walk:
     def _run(self, step: Step) -> None:
         for action in flatten((step,)):
             if (message := _input_of(action)) in self.incoming:
-                self.arrived[message] = self.e._links.wait(self.incoming.pop(message))
+                with self.sums.spans.noted(f"input of {action}", WAITING):
+                    self.arrived[message] = self.e._links.wait(self.incoming.pop(message))
         if isinstance(step, Overlap) and self.e._strands is not None:
             # The backward begins: its first message leaves after the least work, and the
             # forward's attention hides it.
@@ -202,7 +203,7 @@ class _Walk:
             recompute=Recompute() if self.trains and self.e._recompute else None,
         )
 
-    def _stage(self, action: Action) -> Stage:
+    def _stage(self, action: Action) -> WalkableStage:
         return self.e._held.stages[self.schedule.stage_of[self.e._rank][action.direction]]
 
     def _forward(self, action: Action) -> None:
@@ -261,7 +262,7 @@ class _Walk:
                 continue
             kind, direction, micro_batch = message = _input_of(action)
             positions_T = self.micro_batches[direction, micro_batch].positions_T
-            shape = (positions_T.numel(), self.e._held.config.hidden_size)
+            shape = (positions_T.numel(), self.e._held.hidden_size)
             self.incoming[message] = self.e._links.post(
                 kind, direction, shape, self.e._dtype, self.e._device, source[0]
             )

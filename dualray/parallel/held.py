@@ -99,6 +99,11 @@ class HeldStages:
         self.embedding_copy = copy.to(device=device, dtype=dtype)
         return self.embedding_copy
 
+    @property
+    def hidden_size(self) -> int:
+        """The width of what travels between stages."""
+        return self.config.hidden_size
+
     def set_rope(self, config: ModelConfig) -> None:
         """Rotate and scale as `config` says, which differs in nothing else."""
         self.config = config
