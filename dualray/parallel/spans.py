@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-COMPUTE, COMMUNICATION, OPTIMIZER = "compute", "communication", "optimizer"
+COMPUTE, WAITING, COMMUNICATION = "compute", "waiting", "communication"
+OPTIMIZER, CHECKPOINT = "optimizer", "checkpoint"
 
 SpanTuple = tuple[str, str, float, float]
 """(name, category, start, end), seconds of the epoch. Plain, since it travels between processes."""
@@ -20,3 +23,10 @@ class Spans:
     def add(self, name: str, category: str, start: float, end: float) -> None:
         """`start` and `end` are readings of `time.perf_counter`."""
         self.taken.append((name, category, self._epoch + start, self._epoch + end))
+
+    @contextmanager
+    def noted(self, name: str, category: str) -> Iterator[None]:
+        """A span from here to the end of the `with` block."""
+        start = time.perf_counter()
+        yield
+        self.add(name, category, start, time.perf_counter())

@@ -46,7 +46,9 @@ class StepResult:
     """One step's measurements. Losses are global means in nats per target.
 
     `loads` and `max_vio` cover the MoE layers this worker holds, over the whole batch.
-    `bubble` is the share of the walk that workers spent waiting for others, averaged.
+    `bubble` and `exposed_communication` are shares of the walk, from its start to the end of the
+    last worker's, averaged over the workers: what each waited for other pipeline ranks or was
+    done already, and what it waited for expert ranks with nothing to compute.
     `spans` are what this worker did when.
     """
 
@@ -56,6 +58,7 @@ class StepResult:
     grad_norm: float
     lr: float
     bubble: float
+    exposed_communication: float
     step_time_s: float
     loads: dict[int, list[int]]
     max_vio: dict[int, float]
@@ -167,14 +170,16 @@ class Trainer:
         batches = self.slicer.micro_batches(source, step)
         targets = self._count_targets(batches)
         sums = self.executor.run(self.schedule, batches, self._objective(targets))
-        begin = time.perf_counter()
-        self.optimizer.reduce()
-        norm = self._clip(step)
+        with sums.spans.noted("sum gradients", OPTIMIZER):
+            self.optimizer.reduce()
+        with sums.spans.noted("clip", OPTIMIZER):
+            norm = self._clip(step)
         lr = lr_at(step - self.first_step, self.train.learning_rate())
-        self.optimizer.step(lr)
-        loads = global_loads(sums.loads, self.groups.dense)
-        update_biases(self.held.routers(), loads, self.train.gamma)
-        sums.spans.add("optimizer", OPTIMIZER, begin, time.perf_counter())
+        with sums.spans.noted("optimizer", OPTIMIZER):
+            self.optimizer.step(lr)
+        with sums.spans.noted("balance", OPTIMIZER):
+            loads = global_loads(sums.loads, self.groups.dense)
+            update_biases(self.held.routers(), loads, self.train.gamma)
         return self._result(sums, targets, loads, norm, lr, started)
 
     def _count_targets(self, batches: dict[tuple[int, int], MicroBatch]) -> list[int]:
@@ -219,14 +224,18 @@ class Trainer:
         started: float,
     ) -> StepResult:
         depths = self.model.num_nextn_predict_layers
-        idle = sums.waited_s / sums.elapsed_s / self.layout.world_size
+        longest_s = torch.tensor(sums.elapsed_s, dtype=torch.float64, device=self.device)
+        dist.all_reduce(longest_s, dist.ReduceOp.MAX, group=self.groups.world)
+        whole_s = self.layout.world_size * float(longest_s)
+        idle_s = float(longest_s) - sums.elapsed_s + sums.waited_s
+        shares = [idle_s / whole_s, sums.exposed_s / whole_s]
         totals = torch.tensor(
-            [sums.main, *(sums.mtp or [0.0] * depths), sums.balance, idle],
+            [sums.main, *(sums.mtp or [0.0] * depths), sums.balance, *shares],
             dtype=torch.float64,
             device=self.device,
         )
         dist.all_reduce(totals, group=self.groups.world)
-        main, *mtp, balance, bubble = totals.tolist()
+        main, *mtp, balance, bubble, exposed = totals.tolist()
         return StepResult(
             loss=main / max(targets[0], 1),
             mtp_loss=[loss / max(count, 1) for loss, count in zip(mtp, targets[1:])],
@@ -234,6 +243,7 @@ class Trainer:
             grad_norm=norm,
             lr=lr,
             bubble=bubble,
+            exposed_communication=exposed,
             step_time_s=time.perf_counter() - started,
             loads={layer: load.tolist() for layer, load in loads.items()},
             max_vio={layer: max_violation(load) for layer, load in loads.items()},

@@ -70,7 +70,8 @@ class FakeGang:
             self.steps = args[0] + 1
             result = StepResult(
                 loss=float(self.steps), mtp_loss=[], balance_loss=0.0, grad_norm=1.0, lr=0.1,
-                bubble=0.0, step_time_s=0.1, loads={}, max_vio={}, spans=[],
+                bubble=0.0, exposed_communication=0.0, step_time_s=0.1, loads={}, max_vio={},
+                spans=[],
             )  # fmt: skip
             return [result]
         return [None]
