@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,8 @@ class RankFiles:
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
     """This rank's share of each logical tensor."""
+    written_s: tuple[float, float] | None = None
+    """When writing began and ended, seconds of the epoch; None where nobody looked."""
 
 
 def step_dir(checkpoints_dir: Path, step: int) -> Path:
@@ -121,6 +124,7 @@ def write_rank(
     `pieces` is consumed one file's worth at a time, so a generator may gather them lazily.
     Raises CheckpointError when the disk refuses.
     """
+    started_s = time.time()
     files: dict[str, FileEntry] = {}
     shares: dict[str, TensorEntry] = {}
     for index, batch in enumerate(_file_batches(pieces, limit_bytes)):
@@ -133,7 +137,7 @@ def write_rank(
             _add_share(shares, piece.name, piece.entry(file))
     with writing(folder):
         fsync_dir(folder)
-    return RankFiles(rank=rank, files=files, tensors=shares)
+    return RankFiles(rank=rank, files=files, tensors=shares, written_s=(started_s, time.time()))
 
 
 def commit(

@@ -13,7 +13,9 @@ from dualray.parallel.optimizer import OptimizerConfig
 _AT_LEAST_ONE = (
     "seq_len micro_batch_size micro_batches eval_batches keep_checkpoints log_every".split()
 )
-_NOT_NEGATIVE = "steps clip_norm gamma alpha mtp_lambda eval_every checkpoint_every".split()
+_NOT_NEGATIVE = (
+    "steps clip_norm gamma alpha mtp_lambda eval_every checkpoint_every trace_every".split()
+)
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -70,6 +72,9 @@ class TrainConfig:
     """Steps between checkpoints; 0 writes one after the last step and on an interrupt."""
     keep_checkpoints: int = 3
     """Newest checkpoints that stay."""
+    trace_every: int = 0
+    """Steps between timelines, each of which replaces trace.json; besides these, or with 0 alone,
+    steps with a held-out loss have one."""
     init_from: str | None = None
     """Checkpoint folder whose weights a new run starts from (optimizer and data start anew)."""
     overlap: bool = True

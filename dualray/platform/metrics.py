@@ -48,6 +48,11 @@ class StepMetrics:
     """Wall-clock seconds of the step."""
     bubble: float = 0.0
     """Measured idle fraction of the pipeline, 0 to 1."""
+    bubble_simulated: float | None = None
+    """Idle fraction of the schedule simulated with the step's own costs; only on traced steps."""
+    exposed_communication: float = 0.0
+    """Fraction of the same time in which workers waited for expert exchanges with nothing to
+    compute, 0 to 1."""
     max_vio: float | None = None
     """Largest MaxVio (max load / mean load - 1) over the MoE layers; None without experts."""
     max_vio_per_layer: Mapping[int, float] = field(default_factory=dict)

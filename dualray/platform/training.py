@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import dualray
 from dualray.actors.gang import Gang
 from dualray.actors.stage_worker import phase_loader
 from dualray.checkpoint.store import prune
-from dualray.checkpoint.writer import begin, commit, step_dir
+from dualray.checkpoint.writer import RankFiles, begin, commit, step_dir
 from dualray.data.dataset import TokenDataset
 from dualray.data.yardsticks import bits_per_byte
 from dualray.parallel.phases import phase_at, phase_behind
@@ -21,7 +21,9 @@ from dualray.platform.events import EventLog, Note
 from dualray.platform.folder import RunFolder
 from dualray.platform.metrics import CheckpointSaved, MetricsLog, PhaseEntered, StepMetrics
 from dualray.platform.run_file import RunFile, to_mapping
-from dualray.platform.trace import Span, write_trace
+from dualray.platform.timeline import step_trace, worker_title
+from dualray.platform.trace import Category, Span, Trace, write_trace
+from dualray.schedule.make import make_schedule
 
 
 class Training:
@@ -46,6 +48,8 @@ class Training:
         """The one that the workers are in."""
         self.steps_done = first_step
         """Optimizer steps that the workers' weights have seen."""
+        self._trace = Trace(())
+        """Of the last step that was traced."""
         self.last_checkpoint: Path | None = None
         self.last_step_ended = time.time()
         """Seconds of the epoch when the last optimizer step had ended."""
@@ -59,15 +63,16 @@ class Training:
             self._enter_phase_of(step)
             is_last = step == self._phase.end_step
             started = time.perf_counter()
-            wants_spans = is_last or _due(step, train.eval_every)
-            results = self._gang.call("step", step - 1, wants_spans)
+            evaluates = is_last or _due(step, train.eval_every)
+            traces = evaluates or _due(step, train.trace_every)
+            results = self._gang.call("step", step - 1, traces)
             elapsed = time.perf_counter() - started
             self.steps_done = step
             self.last_step_ended = time.time()
-            if wants_spans:
-                self._write_trace(results, step)
+            if traces:
+                self._trace_step(results)
             heldout = None
-            if is_last or _due(step, train.eval_every):
+            if evaluates:
                 batches = None if is_last else train.eval_batches
                 heldout = self._gang.call("evaluate", batches)[0]
             metrics = self._metrics(results, step, elapsed, heldout)
@@ -112,6 +117,7 @@ class Training:
             seconds = time.perf_counter() - started
             self._log.append(CheckpointSaved(step=self.steps_done, seconds=seconds))
             self._events.append(Note(f"checkpoint {final.name} committed in {seconds:.1f} s"))
+            self._trace_checkpoint(files)
             prune(folder, keep=self._run.train.keep_checkpoints)
         self.last_checkpoint = final
 
@@ -157,6 +163,8 @@ class Training:
             tokens_per_s=tokens / elapsed_s,
             step_time_s=elapsed_s,
             bubble=first.bubble,
+            bubble_simulated=self._trace.bubble_simulated() if self._trace.step == step else None,
+            exposed_communication=first.exposed_communication,
             max_vio=max(max_vio.values()) if max_vio else None,
             max_vio_per_layer=dict(sorted(max_vio.items())),
             loads=dict(sorted(loads.items())),
@@ -170,9 +178,29 @@ class Training:
         split = self._dataset.split("heldout")
         return split.num_bytes / (split.num_tokens - 1)
 
-    def _write_trace(self, results: list[StepResult], step: int) -> None:
-        spans = [Span(rank, *span) for rank, result in enumerate(results) for span in result.spans]
-        write_trace(self._folder.trace, spans, step=step)
+    def _trace_step(self, results: list[StepResult]) -> None:
+        """Let the step that has just ended be the one that trace.json shows."""
+        layout = self._run.layout
+        schedule = make_schedule(layout.schedule, layout.pipeline, self._phase.train.micro_batches)
+        spans = [result.spans for result in results]
+        self._trace = step_trace(spans, step=self.steps_done, layout=layout, schedule=schedule)
+        self._write_trace()
+
+    def _trace_checkpoint(self, files: list[RankFiles]) -> None:
+        """Add a checkpoint to the trace if it followed the step that is shown."""
+        if self._trace.step == self.steps_done:
+            spans = [
+                Span(rank, "write checkpoint", Category.CHECKPOINT, *written.written_s)
+                for rank, written in enumerate(files)
+                if written.written_s is not None
+            ]
+            self._trace = replace(self._trace, spans=(*self._trace.spans, *spans))
+            self._write_trace()
+
+    def _write_trace(self) -> None:
+        layout = self._run.layout
+        titles = {rank: worker_title(rank, layout) for rank in range(layout.world_size)}
+        write_trace(self._folder.trace, self._trace, worker_names=titles)
 
 
 def _due(step: int, every: int) -> bool:

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 from dualray.platform.metrics import CheckpointSaved, MetricsLog, StepMetrics, Switch, Yardsticks
-from dualray.platform.trace import Category, Span, write_trace
+from dualray.platform.trace import Category, Span, Trace, write_trace
 from dualray.schedule.actions import Kind, Overlap
 from dualray.schedule.make import make_schedule
 from dualray.schedule.simulate import Costs, simulate
@@ -109,7 +109,7 @@ def make_run(folder: Path, *, num_steps: int = 600) -> Path:
                 log.append(CheckpointSaved(step=metrics.step, seconds=0.75 + metrics.step / 1000))
         pids = (4101, 4102, 4103, 4104)
         log.append(Switch(seconds_to_first_token=0.83, workers_before=pids, workers_after=pids))
-    write_trace(folder / "trace.json", make_spans(), step=300)
+    write_trace(folder / "trace.json", Trace(tuple(make_spans()), step=300))
     for step in (400, 600):
         (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
         (folder / "checkpoints" / f"step-{step}" / "COMMIT").touch()

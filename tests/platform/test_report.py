@@ -229,7 +229,7 @@ def test_run_that_diverged(tmp_path):
 
 def test_trace_alone(tmp_path):
     folder = bare_run(tmp_path / "a")
-    write_trace(folder / "trace.json", make_spans())
+    write_trace(folder / "trace.json", Trace(tuple(make_spans())))
     page = page_of(folder)
     assert page.headings == ["Pipeline"]
     assert "worker 3" in page.words
@@ -241,7 +241,7 @@ def test_long_trace_is_cut_and_says_so(tmp_path):
         Span(rank=0, name="W", category=Category.COMPUTE, start_s=i, end_s=i + 0.5)
         for i in range(3010)
     ]
-    write_trace(folder / "trace.json", spans)
+    write_trace(folder / "trace.json", Trace(tuple(spans)))
     assert "The last 10 spans are left out" in page_of(folder).captions[0]
 
 

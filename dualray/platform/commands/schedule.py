@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dualray.errors import ConfigError
-from dualray.platform.trace import Category, Span, write_trace
+from dualray.platform.trace import Category, Span, Trace, write_trace
 from dualray.schedule.actions import Schedule
 from dualray.schedule.make import KINDS, make_schedule
 from dualray.schedule.render import legend, render, summary
@@ -90,17 +90,17 @@ def as_dict(schedule: Schedule, timeline: Timeline) -> dict[str, Any]:
 
 def write_timeline(path: Path, timeline: Timeline) -> None:
     """Write the simulation as a Chrome trace; raises ConfigError naming --trace."""
-    spans = [
+    spans = tuple(
         Span(rank, str(step), Category.COMPUTE, start * _UNIT_S, end * _UNIT_S)
         for rank, row in enumerate(timeline.rows)
         for step, start, end in row
-    ]
+    )
     names = {rank: f"rank {rank}" for rank in range(len(timeline.rows))}
     try:
         # The trace is written beside its place and moved there, which only a file survives.
         if path.exists() and not path.is_file():
             raise OSError(None, "it is not a file")
-        write_trace(path, spans, worker_names=names)
+        write_trace(path, Trace(spans), worker_names=names)
     except OSError as error:
         raise ConfigError(
             f"--trace is {path} and cannot be written ({error.strerror})",
