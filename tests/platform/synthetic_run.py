@@ -7,7 +7,10 @@ import math
 import random
 from pathlib import Path
 
+from dualray.parallel.layout import Layout
+from dualray.parallel.spans import SpanTuple
 from dualray.platform.metrics import CheckpointSaved, MetricsLog, StepMetrics, Switch, Yardsticks
+from dualray.platform.timeline import step_trace
 from dualray.platform.trace import Category, Span, Trace, write_trace
 from dualray.schedule.actions import Kind, Overlap
 from dualray.schedule.make import make_schedule
@@ -88,6 +91,18 @@ def make_spans(*, pipeline: int = 2, experts: int = 2, micro_batches: int = 8) -
     return spans
 
 
+def make_trace(*, step: int) -> Trace:
+    """Those spans and the simulation that they lead to, and a checkpoint long after the step."""
+    layout = Layout(pipeline=2, experts=2, schedule="dualpipe")
+    spans: list[list[SpanTuple]] = [[] for _ in range(layout.world_size)]
+    for span in make_spans():
+        spans[span.rank].append((span.name, str(span.category), span.start_s, span.end_s))
+        if span.category is Category.OPTIMIZER:
+            spans[span.rank].append(("write checkpoint", "checkpoint", 60.0, 61.0))
+    schedule = make_schedule(layout.schedule, layout.pipeline, 8)
+    return step_trace(spans, step=step, layout=layout, schedule=schedule)
+
+
 def make_run(folder: Path, *, num_steps: int = 600) -> Path:
     """A whole run: run file, state, metrics, trace, checkpoints and the switch to serving."""
     folder.mkdir(parents=True)
@@ -109,7 +124,7 @@ def make_run(folder: Path, *, num_steps: int = 600) -> Path:
                 log.append(CheckpointSaved(step=metrics.step, seconds=0.75 + metrics.step / 1000))
         pids = (4101, 4102, 4103, 4104)
         log.append(Switch(seconds_to_first_token=0.83, workers_before=pids, workers_after=pids))
-    write_trace(folder / "trace.json", Trace(tuple(make_spans()), step=300))
+    write_trace(folder / "trace.json", make_trace(step=300))
     for step in (400, 600):
         (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
         (folder / "checkpoints" / f"step-{step}" / "COMMIT").touch()

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import typer
-from synthetic_run import RUN_YAML, make_run, make_spans, make_steps
+from synthetic_run import RUN_YAML, make_run, make_spans, make_steps, make_trace
 from typer.testing import CliRunner
 
 from dualray.errors import RunError
@@ -179,6 +179,9 @@ def test_text_states_run_layout_yardsticks_and_checkpoints(page):
     assert "F0.2" in page.words
     idle = 100 * Trace(spans=tuple(make_spans())).bubble()
     assert f"the workers stood idle for {idle:.1f} % of the time" in words
+    simulated = 100 * make_trace(step=300).bubble_simulated()
+    assert f"its actions cost in this step: there {simulated:.1f} % are idle." in words
+    assert "simulated (pipeline 1)" in words
 
 
 def test_replaced_workers_are_not_called_the_same(tmp_path):
@@ -243,6 +246,14 @@ def test_long_trace_is_cut_and_says_so(tmp_path):
     ]
     write_trace(folder / "trace.json", Trace(tuple(spans)))
     assert "The last 10 spans are left out" in page_of(folder).captions[0]
+
+
+def test_timeline_ends_with_the_step():
+    spans = make_spans()
+    late = Span(0, "write checkpoint", Category.CHECKPOINT, 60.0, 61.0)
+    assert timeline_figure(Trace((*spans, late)), None) == timeline_figure(
+        Trace(tuple(spans)), None
+    )
 
 
 def test_timeline_names_unknown_work_and_foreign_ranks():

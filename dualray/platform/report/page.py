@@ -114,14 +114,19 @@ def _pipeline(run: RunRecord) -> str:
         f"What every worker did during {when}, as measured; a label such as F0.3 is the forward "
         "of micro-batch 3 in direction 0, and gaps are time spent waiting."
     )
-    bubble = trace.bubble()
+    bubble, simulated = trace.bubble(), trace.bubble_simulated()
     if bubble is not None:
         caption += (
             " Between the first and the last computation the workers stood idle for "
             f"{100 * bubble:.1f} % of the time."
         )
-    left_out = len(trace.spans) - len(timeline.shown_spans(trace))
-    if left_out:
+    if simulated is not None:
+        caption += (
+            " Below it the same schedule as simulated with what its actions cost in this step: "
+            f"there {100 * simulated:.1f} % are idle."
+        )
+    left_out = len(timeline.step_spans(trace)) - timeline.MAX_SPANS
+    if left_out > 0:
         caption += f" The last {left_out:,} spans are left out; trace.json holds them all."
     body = html.figure(timeline.timeline_figure(trace, run.layout), caption)
     body += '<p class="aside">To zoom, open <code>trace.json</code> in Perfetto.</p>'

@@ -1,4 +1,7 @@
-"""The pipeline as it ran: one row per worker, one bar per action, from the measured trace."""
+"""The pipeline as it ran: one row per worker, one bar per action, from the measured trace.
+
+Below it, along the same axis, the same schedule as the simulator sees it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from dualray.platform.report.style import (
     BLUE_DEEP,
     GREEN,
     GREY,
+    GRID,
     ORANGE,
     ORANGE_DEEP,
     PAPER,
@@ -23,6 +27,7 @@ from dualray.platform.report.style import (
     canvas,
     to_svg,
 )
+from dualray.platform.timeline import worker_title
 from dualray.platform.trace import Category, Span, Trace
 
 MAX_SPANS = 3000
@@ -36,74 +41,87 @@ _LEGEND = {
     "W": (GREEN, "weight gradient"),
     "optimizer": (PURPLE, "optimizer"),
     "communication": (GREY, "communication"),
+    "waiting": (GRID, "waiting for the pipeline"),
     "other": (GREY, "other computation"),
 }
 
 # A row is one unit high: computation above, communication as a strip below it.
 _TOP, _MIDDLE, _STRIP, _BOTTOM = 0.40, -0.20, -0.25, -0.40
+_GAP = 0.5
 _CHARACTER_PX = 5.6
 _FIGURE_PX = 72 * WIDTH_IN
 
+_Boxes = dict[str, list[list[tuple[float, float]]]]
+"""By legend key, the corners of every bar."""
 
-def shown_spans(trace: Trace) -> tuple[Span, ...]:
-    """The spans that are drawn: all, or the first MAX_SPANS by start time."""
-    return trace.spans[:MAX_SPANS]
+
+def step_spans(trace: Trace) -> list[Span]:
+    """What belongs to the step itself, by start time: a checkpoint may come long after it."""
+    return [span for span in trace.spans if span.category != Category.CHECKPOINT]
 
 
 def timeline_figure(trace: Trace, layout: Layout | None) -> str:
-    """The timeline as SVG."""
-    spans = shown_spans(trace)
-    origin = min(span.start_s for span in spans)
-    length_s = max(span.end_s for span in spans) - origin
+    """The timeline as SVG: what was measured, and below it what was simulated, if anything.
+
+    Only the first MAX_SPANS of `step_spans` are drawn.
+    """
+    measured = step_spans(trace)[:MAX_SPANS]
+    origin = min(span.start_s for span in measured)
+    end = max(span.end_s for span in measured)
+    simulated = [span for span in trace.simulated if span.start_s < end]
+    length_s = max(span.end_s for span in (*measured, *simulated)) - origin
     unit, scale = ("ms", 1e3) if length_s < 10 else ("s", 1.0)
-    ranks = trace.ranks
-    rows = {rank: len(ranks) - 1 - index for index, rank in enumerate(ranks)}
-    with canvas(1.1 + 0.48 * len(ranks)) as figure:
+    # Rows go down from 0; a gap sets the simulation apart.
+    ranks = sorted({span.rank for span in measured})
+    heights = {rank: float(-row) for row, rank in enumerate(ranks)}
+    titles = {heights[rank]: worker_title(rank, layout) for rank in ranks}
+    first = -len(ranks) - _GAP
+    simulated_ranks = sorted({span.rank for span in simulated})
+    simulated_heights = {rank: first - row for row, rank in enumerate(simulated_ranks)}
+    titles |= {y: f"simulated (pipeline {rank})" for rank, y in simulated_heights.items()}
+    with canvas(1.1 + 0.48 * -min(titles) + 0.48) as figure:
         axes = figure.add_subplot()
-        boxes: dict[str, list[list[tuple[float, float]]]] = {}
-        texts: list[tuple[float, float, str]] = []
         # Bars share the width with the row titles, which take about a seventh of it.
         px_per_unit = 0.84 * _FIGURE_PX / (length_s * scale or 1.0)
-        for span in spans:
-            left = (span.start_s - origin) * scale
-            right = (span.end_s - origin) * scale
-            for kind, low, high, text in _bars(span):
-                y = rows[span.rank]
-                corners = [(left, y + low), (right, y + low), (right, y + high), (left, y + high)]
-                boxes.setdefault(kind, []).append(corners)
-                fitting = _fitting(text, (right - left) * px_per_unit)
-                if fitting:
-                    texts.append(((left + right) / 2, y + (low + high) / 2, fitting))
+        boxes: _Boxes = {}
+        for spans, row_of in ((measured, heights), (simulated, simulated_heights)):
+            for span in spans:
+                left, right = (span.start_s - origin) * scale, (span.end_s - origin) * scale
+                for kind, low, high, text in _bars(span):
+                    y = row_of[span.rank]
+                    low, high = y + low, y + high
+                    corners = [(left, low), (right, low), (right, high), (left, high)]
+                    boxes.setdefault(kind, []).append(corners)
+                    fitting = _fitting(text, (right - left) * px_per_unit)
+                    if fitting:
+                        _write(axes, (left + right) / 2, (low + high) / 2, fitting)
         for kind, polygons in boxes.items():
+            color = _LEGEND[kind][0]
             axes.add_collection(
-                PolyCollection(
-                    polygons, facecolors=_LEGEND[kind][0], edgecolors=PAPER, linewidths=0.4
-                )
-            )
-        for x, y, text in texts:
-            axes.text(
-                x,
-                y,
-                text,
-                ha="center",
-                va="center_baseline",
-                fontsize=7.5,
-                color=PAPER,
-                clip_on=True,
+                PolyCollection(polygons, facecolors=color, edgecolors=PAPER, linewidths=0.4)
             )
         axes.set_xlim(0, length_s * scale or 1.0)
-        axes.set_ylim(-0.55, len(ranks) - 0.45)
-        axes.set_yticks(list(rows.values()), labels=[_title(rank, layout) for rank in rows])
+        axes.set_ylim(min(titles) - 0.55, 0.45)
+        axes.set_yticks(list(titles), labels=list(titles.values()))
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(unit)
         _legend(axes, boxes)
         return to_svg(figure, "timeline", "What every worker did when")
 
 
+def _write(axes: Axes, x: float, y: float, text: str) -> None:
+    axes.text(
+        x, y, text, ha="center", va="center_baseline", fontsize=7.5, color=PAPER, clip_on=True
+    )
+
+
 def _bars(span: Span) -> Iterator[tuple[str, float, float, str]]:
     """(legend key, lower edge, upper edge, text) of the bars that one span becomes."""
     if span.category == Category.COMMUNICATION:
         yield "communication", _BOTTOM, _STRIP, ""
+        return
+    if span.category == Category.WAITING:
+        yield "waiting", _MIDDLE, _TOP, ""
         return
     if span.category == Category.OPTIMIZER:
         yield "optimizer", _MIDDLE, _TOP, ""
@@ -135,17 +153,7 @@ def _fitting(text: str, width_px: float) -> str:
     return ""
 
 
-def _title(rank: int, layout: Layout | None) -> str:
-    if layout is None or rank >= layout.world_size:
-        return f"worker {rank}"
-    at = layout.coordinate(rank)
-    parts = [f"pipeline {at.pipeline}"] if layout.pipeline > 1 else []
-    parts += [f"expert {at.expert}"] if layout.experts > 1 else []
-    parts += [f"replica {at.replica}"] if layout.replicas > 1 else []
-    return f"worker {rank}" + (f" ({', '.join(parts)})" if parts else "")
-
-
-def _legend(axes: Axes, kinds: dict[str, list[list[tuple[float, float]]]]) -> None:
+def _legend(axes: Axes, kinds: _Boxes) -> None:
     handles = [Patch(color=c, label=label) for key, (c, label) in _LEGEND.items() if key in kinds]
     axes.legend(
         handles=handles,
