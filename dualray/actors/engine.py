@@ -97,7 +97,7 @@ class Engine:
         self.state = EngineState.NO_WEIGHTS
         self.weights = Weights(training_step=0, digest="")
         self.tokenizer = tokenizer
-        self.scheduler = Scheduler(owners=owners, limits=limits, eos_id=tokenizer.eos_id)
+        self.scheduler = self._new_scheduler(owners)
         self._max_request_s = max_request_s
         self._run_step = run_step
         self._completions: dict[str, Completion] = {}
@@ -112,8 +112,14 @@ class Engine:
         """Starts the loop. Requests are refused until `serve`."""
         self._task = asyncio.create_task(self._loop(), name="engine")
 
-    async def serve(self, weights: Weights) -> None:
+    def _new_scheduler(self, owners: Iterable[Owner]) -> Scheduler:
+        return Scheduler(owners=owners, limits=self.limits, eos_id=self.tokenizer.eos_id)
+
+    async def serve(self, weights: Weights, owners: Iterable[Owner] | None = None) -> None:
         """Takes requests from now on, answered by `weights`.
+
+        `owners` replaces those that the engine was made with: training may have ended in another
+        layout than it began with.
 
         Raises:
             NotServingError: the engine has failed or stopped, so no loop would answer.
@@ -123,6 +129,9 @@ class Engine:
                 f"model {self.model_name} cannot serve again, its engine has {self.state}",
                 hint="start the run again",
             )
+        if owners is not None:
+            assert not self._completions, "requests belong to an owner for life"
+            self.scheduler = self._new_scheduler(owners)
         self.weights = weights
         self.stats.first_token_unix_s = None
         await self._enter(EngineState.SERVING)

@@ -52,9 +52,9 @@ class EngineActor:
         await self._engine.start()
         return target
 
-    async def serve(self, training_step: int, digest: str) -> None:
-        """Takes requests from now on."""
-        await self._engine.serve(Weights(training_step=training_step, digest=digest))
+    async def serve(self, training_step: int, digest: str, owners: Sequence[Owner]) -> None:
+        """Takes requests from now on, for the owners that there are by now."""
+        await self._engine.serve(Weights(training_step=training_step, digest=digest), owners)
 
     async def drain(self, then: str = EngineState.TRAINING) -> None:
         """Lets accepted requests end and refuses new ones; the workers are free afterwards."""

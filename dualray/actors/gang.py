@@ -15,6 +15,8 @@ from dualray.actors.cluster import ClusterConfig
 from dualray.actors.stage_worker import StageWorker, WorkerInfo, WorkerSpec
 from dualray.errors import DualrayError, RunError
 from dualray.parallel.groups import Rendezvous
+from dualray.parallel.layout import Layout
+from dualray.parallel.phases import Phase
 
 # After one worker fails its peers notice within a second; this bounds the wait for all to say why.
 _REASONS_WITHIN_S = 15.0
@@ -58,6 +60,10 @@ class Gang:
         # Workers of one node meet over loopback, whatever its other addresses.
         host = "127.0.0.1" if len(nodes) == 1 else self.infos[0].node
         return ray.get(self.workers[0].host_rendezvous.remote(host))
+
+    def rebuild(self, layout: Layout, phase: Phase) -> None:
+        """Let the same processes hold the stages of another layout; see StageWorker."""
+        self.call("rebuild", layout, phase, self._rendezvous())
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """The method's results by rank.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -62,6 +62,10 @@ class WorkerInfo:
     pid: int
     node: str
     """Address of its node."""
+    memory_bytes: float
+    """Of its GPU, or of the whole node without one."""
+    has_device: bool
+    """Whether the memory is its own."""
 
 
 class StageWorker:
@@ -78,7 +82,18 @@ class StageWorker:
         torch.set_num_threads(spec.threads)
 
     def info(self) -> WorkerInfo:
-        return WorkerInfo(rank=self.rank, pid=os.getpid(), node=self.node)
+        on_gpu = self.spec.device == "cuda"
+        if on_gpu:
+            memory_bytes = torch.cuda.get_device_properties(0).total_memory
+        else:
+            memory_bytes = psutil.virtual_memory().total
+        return WorkerInfo(
+            rank=self.rank,
+            pid=os.getpid(),
+            node=self.node,
+            memory_bytes=memory_bytes,
+            has_device=on_gpu,
+        )
 
     def host_rendezvous(self, host: str) -> Rendezvous:
         """Open the meeting place of a new generation on this worker; rank 0 is asked."""
@@ -118,11 +133,20 @@ class StageWorker:
         assert self._loader is not None, "this run has no data"
         return self._loader
 
-    def enter_phase(self, phase: Phase) -> None:
-        """Let the steps from `phase.first_step` on be those of `phase`."""
-        self.phase = phase
-        self.trainer.enter_phase(phase)
+    def enter_phase(self, phase: Phase, layout: Layout) -> None:
+        """Let the next steps be those of `phase`, in the order of `layout`'s schedule."""
+        self.phase, self.spec = phase, replace(self.spec, layout=layout)
+        self.trainer.enter_phase(phase, layout)
         self._loader = phase_loader(self.loader.dataset, phase, seed=self.spec.seed)
+
+    def rebuild(self, layout: Layout, phase: Phase, rendezvous: Rendezvous) -> None:
+        """Build the stages of another layout in this process. A collective.
+
+        Weights and optimizer state are new ones, to be restored.
+        """
+        self.stop()
+        self.phase, self.spec = phase, replace(self.spec, layout=layout)
+        self.start(rendezvous)
 
     def restore(self, checkpoint: str, step: int) -> None:
         """Weights and optimizer state after `step` optimizer steps."""
@@ -134,7 +158,7 @@ class StageWorker:
 
     def step(self, step: int, with_spans: bool) -> StepResult:
         """One optimizer step. A collective."""
-        result = self.trainer.step(step, self.loader)
+        result = self.trainer.step(step, self.loader, timed=with_spans)
         if not with_spans:
             result.spans.clear()
         return result

@@ -158,6 +158,28 @@ def forward_flops(config: ModelConfig, num_keys: float, *, absorbed: bool = Fals
     return 2 * multiplied_parameters(config) + config.num_hidden_layers * per_layer
 
 
+def layer_flops(config: ModelConfig, layer: int, num_keys: float) -> float:
+    """Operations of one layer's forward per token; layers past the last are MTP modules.
+
+    A module has a projection and the head besides its layer.
+    """
+    D = config.hidden_size
+    weights = sum(out * into for out, into in attention_projections(config).values())
+    if layer >= config.num_hidden_layers:
+        weights += 2 * D * D + config.vocab_size * D
+    if config.is_moe(layer) or layer >= config.num_hidden_layers:
+        experts = config.num_experts_per_tok + config.n_shared_experts
+        weights += 3 * D * config.moe_intermediate_size * experts + config.n_routed_experts * D
+    else:
+        weights += 3 * D * config.intermediate_size
+    return 2 * weights + attention_flops(config, num_keys)
+
+
+def head_flops(config: ModelConfig) -> float:
+    """Operations of the logits per token."""
+    return 2 * config.vocab_size * config.hidden_size
+
+
 def training_flops(config: ModelConfig, seq_len: int, *, with_mtp: bool = True) -> float:
     """Operations per trained token in sequences of `seq_len`: three forwards.
 

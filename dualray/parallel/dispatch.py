@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dualray.kernels.combine import combine
@@ -58,12 +57,10 @@ class AllToAllDispatch:
         ranks, slots = self._num_ranks, self._placement.slots_per_rank(layer)
         key_N = self._home_E[layer][routing.experts_TK].flatten()
         order_N, inverse_N, counts = sort_by_key(key_N, ranks * slots)
-        received = torch.empty_like(counts)
-        counted = dist.all_to_all_single(received, counts, group=self._group, async_op=True)
-        assert counted is not None
+        counted = self._exchange.start_counts(counts, self._group)
         rows_ND = replicate(x_TD, order_N, inverse_N)
         send = counts.view(ranks, slots).sum(1).tolist()
-        counted.wait()
+        received = counted()
         receive = received.view(ranks, slots).sum(1).tolist()
         rows_MD = self._exchange(rows_ND, receive, send, self._group, f"dispatch {layer}")
         slot_of_run = torch.arange(slots, device=x_TD.device).repeat(ranks)

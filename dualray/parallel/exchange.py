@@ -38,6 +38,18 @@ class Exchange:
         """
         return _AllToAll.apply(rows, receive, send, group, name, self)
 
+    def start_counts(self, counts: Tensor, group: Group) -> Callable[[], Tensor]:
+        """Swap int64 counts, equally many with every rank; what is returned waits for theirs."""
+        theirs = torch.empty_like(counts)
+        work = dist.all_to_all_single(theirs, counts, group=group, async_op=True)
+        assert work is not None
+
+        def wait() -> Tensor:
+            work.wait()
+            return theirs
+
+        return wait
+
     def _all_to_all(
         self, rows: Tensor, receive: list[int], send: list[int], group: Group, name: str
     ) -> Tensor:

@@ -85,13 +85,15 @@ class Executor:
         objective: Objective,
         *,
         tapes: Mapping[tuple[int, int], RoutingTape] | None = None,
+        timed: bool = False,
     ) -> StepSums:
         """Walk this rank's steps. Gradients end up in `main_grad`.
 
         `micro_batches` is keyed by (direction, index). `tapes` records or replays each
-        micro-batch's routing on this rank's stages.
+        micro-batch's routing on this rank's stages. `timed` lets a GPU finish each step before
+        its end is noted.
         """
-        walk = _Walk(self, schedule, micro_batches, objective, tapes or {})
+        walk = _Walk(self, schedule, micro_batches, objective, tapes or {}, timed)
         return walk.run()
 
     def close(self) -> None:
@@ -120,12 +122,14 @@ class _Walk:
         micro_batches: Mapping[tuple[int, int], MicroBatch],
         objective: Objective,
         tapes: Mapping[tuple[int, int], RoutingTape],
+        timed: bool,
     ) -> None:
         self.e = executor
         self.schedule = schedule
         self.micro_batches = micro_batches
         self.objective = objective
         self.tapes = tapes
+        self.waits_for_device = timed and executor._device.type == "cuda"
         self.sums = StepSums()
         self.live: dict[tuple[int, int], _Live] = {}
         self.incoming: dict[_Message, Incoming] = {}
@@ -165,14 +169,19 @@ class _Walk:
         if isinstance(step, Overlap) and self.e._strands is not None:
             # The backward begins: its first message leaves after the least work, and the
             # forward's attention hides it.
-            begin = time.perf_counter()
+            begin = self._now()
             self.e._strands.run(partial(self._do, step.backward), partial(self._do, step.forward))
-            self.sums.spans.add(str(step), COMPUTE, begin, time.perf_counter())
+            self.sums.spans.add(str(step), COMPUTE, begin, self._now())
             return
         for action in flatten((step,)):
-            begin = time.perf_counter()
+            begin = self._now()
             self._do(action)
-            self.sums.spans.add(str(action), COMPUTE, begin, time.perf_counter())
+            self.sums.spans.add(str(action), COMPUTE, begin, self._now())
+
+    def _now(self) -> float:
+        if self.waits_for_device:
+            torch.cuda.synchronize(self.e._device)
+        return time.perf_counter()
 
     def _do(self, action: Action) -> None:
         weight_grads = self.e._weight_grads

@@ -133,17 +133,20 @@ class Trainer:
         )
         self.slicer = self._slicer()
 
-    def enter_phase(self, phase: Phase) -> None:
-        """Go on with other positions, sequences and learning rates.
+    def enter_phase(self, phase: Phase, layout: Layout) -> None:
+        """Go on with other positions, sequences, learning rates, micro-batches or schedule.
 
-        Weights, moments and router biases stay. Stage boundaries and optimizer are those of
-        the layout and of the first phase, so `phase.model` may differ in nothing but
-        `rope_scaling` and `max_position_embeddings`.
+        Weights, moments and router biases stay. Stages and optimizer are those that the trainer
+        was built with: `phase.model` may differ in nothing but `rope_scaling` and
+        `max_position_embeddings`, and `layout` in nothing but a schedule with the same stages on
+        the same workers.
         """
         self.model, self.train, self.first_step = phase.model, phase.train, phase.first_step
+        self.layout, stages = layout, self.schedule.stage_of
         self.schedule = make_schedule(
             self.layout.schedule, self.layout.pipeline, phase.train.micro_batches
         )
+        assert self.schedule.stage_of == stages, (layout.schedule, stages)
         self.held.set_rope(phase.model)
         self.slicer = self._slicer()
 
@@ -161,15 +164,17 @@ class Trainer:
             return LocalDispatch(self.model.n_routed_experts)
         return AllToAllDispatch(self.placement, group, self.device, exchange)
 
-    def step(self, step: int, source: TokenSource) -> StepResult:
+    def step(self, step: int, source: TokenSource, *, timed: bool = False) -> StepResult:
         """Optimizer step number `step`, counted from 0. A collective over the world.
 
-        Raises RunError on a gradient that is not finite, before the weights move.
+        `timed` waits for a GPU behind every action, so that spans say what it did and not only
+        when it was told to. Raises RunError on a gradient that is not finite, before the weights
+        move.
         """
         started = time.perf_counter()
         batches = self.slicer.micro_batches(source, step)
         targets = self._count_targets(batches)
-        sums = self.executor.run(self.schedule, batches, self._objective(targets))
+        sums = self.executor.run(self.schedule, batches, self._objective(targets), timed=timed)
         with sums.spans.noted("sum gradients", OPTIMIZER):
             self.optimizer.reduce()
         with sums.spans.noted("clip", OPTIMIZER):

@@ -29,6 +29,7 @@ from dualray.data.dataset import TokenDataset
 from dualray.data.tokenizer import load_tokenizer
 from dualray.data.yardsticks import yardsticks
 from dualray.errors import DualrayError
+from dualray.inference.plan import Owner
 from dualray.inference.scheduler import Limits, owners
 from dualray.parallel.phases import phase_at
 from dualray.parallel.placement import contiguous_placement
@@ -37,6 +38,7 @@ from dualray.platform.events import Event, EventLog, Note, StateChange
 from dualray.platform.folder import RunFolder
 from dualray.platform.metrics import MetricsLog, Switch, Yardsticks
 from dualray.platform.run_file import RunFile, to_mapping
+from dualray.platform.scheduling.choice import phase_with, start_of
 from dualray.platform.states import RunState, check_transition
 from dualray.platform.training import Training
 from dualray.schedule.make import make_schedule
@@ -62,6 +64,8 @@ class Assignment:
     """Optimizer steps already done: those of a resumed checkpoint, or of a served one."""
     resumes: bool = False
     """Take optimizer state and step from `restore_from`; otherwise its weights only."""
+    remembered: dict[str, Any] | None = None
+    """What the resumed checkpoint says of the scheduler's decision."""
 
 
 class Controller:
@@ -72,6 +76,9 @@ class Controller:
     ) -> None:
         self._a = assignment
         self._phases = assignment.run.phases()
+        first = phase_at(self._phases, assignment.first_step)
+        self._start = start_of(assignment.run.layout, first, assignment.remembered)
+        self._first_phase = first
         self._group = group
         self._connection = connection
         self._events = EventLog()
@@ -133,8 +140,8 @@ class Controller:
     def _spec(self) -> WorkerSpec:
         run = self._a.run
         return WorkerSpec(
-            phase=phase_at(self._phases, self._a.first_step),
-            layout=run.layout,
+            phase=phase_with(self._first_phase, self._start.choice),
+            layout=self._start.layout,
             placement=contiguous_placement(run.model, run.layout.experts),
             data_path=str(Path(run.data.path).absolute()) if self._a.trains else None,
             tokenizer_path=str(self._a.folder.tokenizer),
@@ -158,7 +165,6 @@ class Controller:
         """Listen before training starts: a taken port must not be found out at its end."""
         assert self._gang is not None
         run = self._a.run
-        schedule = make_schedule(run.layout.schedule, run.layout.pipeline, run.train.micro_batches)
         actor: Any = ray.remote(EngineActor)
         self._engine = actor.options(
             name=f"{run.name}.engine",
@@ -169,7 +175,7 @@ class Controller:
         ).remote(
             model_name=run.name,
             tokenizer=load_tokenizer(tokenizer_folder),
-            owners=owners(run.layout.replicas, run.layout.experts, len(schedule.entries)),
+            owners=self._owners(),
             limits=self._limits(),
             config=run.serve,
             workers=self._gang.workers,
@@ -180,6 +186,16 @@ class Controller:
         if host in ("0.0.0.0", "[::]"):
             host = ray.util.get_node_ip_address()
         self._target = f"{host}:{port}"
+
+    def _owners(self) -> tuple[Owner, ...]:
+        """Who holds requests: as many directions as micro-batches enter in at present."""
+        layout = self._start.layout
+        micro_batches = self._start.choice.micro_batches
+        if self._training is not None:
+            layout = self._training.arrangement.layout
+            micro_batches = self._training.arrangement.choice.micro_batches
+        schedule = make_schedule(layout.schedule, layout.pipeline, micro_batches)
+        return owners(layout.replicas, layout.experts, len(schedule.entries))
 
     def _limits(self) -> Limits:
         """What serves is the model of the last phase."""
@@ -202,6 +218,7 @@ class Controller:
                 log,
                 dataset=TokenDataset.open(self._a.run.data.path, verify=False),
                 first_step=self._a.first_step,
+                start=self._start,
             )
             self._training.run(self._stop.is_set)
         return self._training.last_step_ended
@@ -213,7 +230,7 @@ class Controller:
         gang.call("start_serving", self._limits(), self._a.run.serve.compile_batch)
         digest = combined_digest(gang.call("digest"))
         step = self._a.first_step if self._training is None else self._training.steps_done
-        ray.get(self._engine.serve.remote(step, digest))
+        ray.get(self._engine.serve.remote(step, digest, self._owners()))
         assert self._target is not None
         first_token = _first_token_at(self._target, run_name=self._a.run.name)
         after = gang.pids()

@@ -60,6 +60,7 @@ def plan_training(run: RunFile, *, resume: bool, console: Console) -> Assignment
             restore_from=found.path,
             first_step=reader.meta["step"],
             resumes=True,
+            remembered=reader.meta.get("arrangement"),
         )
     folder.refuse_if_used()
     start = None
@@ -90,7 +91,9 @@ def plan_serving(checkpoint: Path, overrides: list[str], *, console: Console) ->
     stored = meta["run"] | {"name": f"{meta['run']['name']}-serve"}
     run = parse_run_file(stored, ["serve.after_training=true", *overrides])
     phase = phase_behind(run.phases(), meta["step"])
-    run = replace(run, model=phase.model, train=phase.train, extend=None)
+    run = replace(
+        run, model=phase.model, train=phase.train, extend=None, layout=run.layout.concrete
+    )
     return Assignment(
         run=run,
         folder=RunFolder.named(run.name),

@@ -1,9 +1,9 @@
 """`metrics.jsonl`: what a run says about itself, one JSON object a line.
 
 A line is either one optimizer step (`StepMetrics`) or an event, marked by its `event` key
-(`PhaseEntered`, `CheckpointSaved`, `Switch`, `Yardsticks`). The file only ever grows by whole
-lines, each written with one system call, so that killing the process leaves at most one torn
-line at the end: readers skip it, and a resumed run cuts it off before it appends.
+(`PhaseEntered`, `Decided`, `CheckpointSaved`, `Switch`, `Yardsticks`). The file only ever grows
+by whole lines, each written with one system call, so that killing the process leaves at most one
+torn line at the end: readers skip it, and a resumed run cuts it off before it appends.
 
 JSON has no NaN; a loss that is not finite is written as null and read back as NaN.
 """
@@ -94,6 +94,29 @@ class PhaseEntered:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decided:
+    """The scheduler looked at measured costs and decided how to go on."""
+
+    event: ClassVar[str] = "decided"
+
+    step: int
+    """Optimizer steps done by then."""
+    schedule: str
+    layers: Sequence[int]
+    """Layers of each stage."""
+    micro_batch_size: int
+    """Sequences of a micro-batch."""
+    micro_batches: int
+    """Micro-batches of each (replica, expert rank)."""
+    step_time_s_before: float
+    """Simulated seconds of a step as it was until then."""
+    step_time_s: float
+    """Simulated seconds of a step from then on."""
+    reason: str
+    """Why, in one sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSaved:
     """A checkpoint was committed."""
 
@@ -119,8 +142,8 @@ class Switch:
     """Process ids of the workers in serving, by rank."""
 
 
-Line = StepMetrics | Yardsticks | PhaseEntered | CheckpointSaved | Switch
-_EVENTS = {cls.event: cls for cls in (Yardsticks, PhaseEntered, CheckpointSaved, Switch)}
+Line = StepMetrics | Yardsticks | PhaseEntered | Decided | CheckpointSaved | Switch
+_EVENTS = {cls.event: cls for cls in (Yardsticks, PhaseEntered, Decided, CheckpointSaved, Switch)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +152,7 @@ class RunMetrics:
 
     steps: tuple[StepMetrics, ...] = ()
     phases: tuple[PhaseEntered, ...] = ()
+    decisions: tuple[Decided, ...] = ()
     checkpoints: tuple[CheckpointSaved, ...] = ()
     yardsticks: Yardsticks | None = None
     switch: Switch | None = None
@@ -204,6 +228,7 @@ def read_metrics(path: Path) -> RunMetrics:
     """
     steps: list[StepMetrics] = []
     phases: list[PhaseEntered] = []
+    decisions: list[Decided] = []
     checkpoints: list[CheckpointSaved] = []
     yardsticks: Yardsticks | None = None
     switch: Switch | None = None
@@ -217,6 +242,8 @@ def read_metrics(path: Path) -> RunMetrics:
             checkpoints.append(line)
         elif isinstance(line, PhaseEntered):
             phases.append(line)
+        elif isinstance(line, Decided):
+            decisions.append(line)
         elif isinstance(line, Yardsticks):
             yardsticks = line
         elif isinstance(line, Switch):
@@ -224,6 +251,7 @@ def read_metrics(path: Path) -> RunMetrics:
     return RunMetrics(
         steps=tuple(steps),
         phases=tuple(phases),
+        decisions=tuple(decisions),
         checkpoints=tuple(checkpoints),
         yardsticks=yardsticks,
         switch=switch,

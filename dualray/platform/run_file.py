@@ -29,6 +29,7 @@ from dualray.parallel.phases import ExtendConfig, Phase, plan_phases
 from dualray.parallel.placement import contiguous_placement
 from dualray.parallel.train_config import TrainConfig
 from dualray.platform.preset import load_preset
+from dualray.platform.scheduler import SchedulerConfig
 from dualray.schedule.make import make_schedule
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -52,6 +53,8 @@ class RunFile:
     """Workers and the schedule that drives them."""
     serve: ServeConfig = field(default_factory=ServeConfig)
     """What happens after the last step."""
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """How schedule, micro-batches and cut are decided where layout.schedule is auto."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where the workers run."""
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
@@ -78,10 +81,9 @@ class RunFile:
                 "train.init_from",
                 hint="set train.steps to 1 or more",
             )
-        schedule = make_schedule(
-            self.layout.schedule, self.layout.pipeline, self.train.micro_batches
-        )
-        split_layers(self.model.num_hidden_layers, schedule.num_stages)
+        start = self.layout.concrete
+        schedule = make_schedule(start.schedule, start.pipeline, self.train.micro_batches)
+        split_layers(self.model.num_hidden_layers, schedule.num_stages, start.layers)
         contiguous_placement(self.model, self.layout.experts)
         if self.serve.compile_batch and self.layout.experts > 1:
             raise ConfigError(
@@ -98,7 +100,7 @@ class RunFile:
 
     def phases(self) -> tuple[Phase, ...]:
         """What the workers do step by step; the last phase's model is the one that serves."""
-        return plan_phases(self.model, self.train, self.layout, self.extend)
+        return plan_phases(self.model, self.train, self.layout.concrete, self.extend)
 
 
 def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunFile:

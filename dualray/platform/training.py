@@ -17,13 +17,21 @@ from dualray.data.dataset import TokenDataset
 from dualray.data.yardsticks import bits_per_byte
 from dualray.parallel.phases import phase_at, phase_behind
 from dualray.parallel.trainer import HeldOut, StepResult
+from dualray.platform.arrangement import Arrangement
 from dualray.platform.events import EventLog, Note
 from dualray.platform.folder import RunFolder
-from dualray.platform.metrics import CheckpointSaved, MetricsLog, PhaseEntered, StepMetrics
+from dualray.platform.metrics import (
+    CheckpointSaved,
+    Decided,
+    MetricsLog,
+    PhaseEntered,
+    StepMetrics,
+)
 from dualray.platform.run_file import RunFile, to_mapping
+from dualray.platform.scheduling.choice import Start
+from dualray.platform.scheduling.table import decision_lines
 from dualray.platform.timeline import step_trace, worker_title
 from dualray.platform.trace import Category, Span, Trace, write_trace
-from dualray.schedule.make import make_schedule
 
 
 class Training:
@@ -39,13 +47,16 @@ class Training:
         *,
         dataset: TokenDataset,
         first_step: int,
+        start: Start,
     ) -> None:
+        """`start` is how the workers have started."""
         self._run, self._gang, self._folder = run, gang, folder
         self._events, self._log = events, log
         self._dataset = dataset
         self._phases = run.phases()
         self._phase = phase_at(self._phases, first_step)
         """The one that the workers are in."""
+        self.arrangement = Arrangement(run, gang, self._phase, start)
         self.steps_done = first_step
         """Optimizer steps that the workers' weights have seen."""
         self._trace = Trace(())
@@ -65,7 +76,8 @@ class Training:
             started = time.perf_counter()
             evaluates = is_last or _due(step, train.eval_every)
             traces = evaluates or _due(step, train.trace_every)
-            results = self._gang.call("step", step - 1, traces)
+            wants_costs = self.arrangement.prepare()
+            results = self._gang.call("step", step - 1, traces or wants_costs)
             elapsed = time.perf_counter() - started
             self.steps_done = step
             self.last_step_ended = time.time()
@@ -80,6 +92,8 @@ class Training:
             self._events.append(metrics)
             if is_last or _due(step, train.checkpoint_every):
                 self.save()
+            if not is_last:
+                self._decide(results)
         if self.last_checkpoint is None or self.last_checkpoint.name != f"step-{self.steps_done}":
             self.save()
 
@@ -87,7 +101,7 @@ class Training:
         """Tell the workers if step number `step`, counted from 1, begins another phase."""
         phase = phase_at(self._phases, step - 1)
         if phase is not self._phase:
-            self._gang.call("enter_phase", phase)
+            self.arrangement.enter(phase)
             self._phase = phase
         if phase.number > 0 and step == phase.first_step + 1:
             train, context = phase.train, phase.model.max_position_embeddings
@@ -101,6 +115,31 @@ class Training:
                     f"YaRN up to {context} tokens"
                 )
             )
+
+    def _decide(self, results: list[StepResult]) -> None:
+        """Let the scheduler see the step, and say what it made of it."""
+        decision = self.arrangement.after(results, self.steps_done, self._saved)
+        if decision is None:
+            return
+        self._log.append(
+            Decided(
+                step=self.steps_done,
+                schedule=decision.choice.schedule,
+                layers=decision.choice.layers,
+                micro_batch_size=decision.choice.micro_batch_size,
+                micro_batches=decision.choice.micro_batches,
+                step_time_s_before=decision.before.step_s,
+                step_time_s=decision.after.step_s,
+                reason=decision.reason,
+            )
+        )
+        for line in decision_lines(decision, self.steps_done):
+            self._events.append(Note(line))
+
+    def _saved(self) -> Path:
+        self.save()
+        assert self.last_checkpoint is not None
+        return self.last_checkpoint
 
     def save(self) -> None:
         """Commit a checkpoint of the present weights and forget the oldest ones."""
@@ -133,6 +172,7 @@ class Training:
             "tokenizer_sha256": self._dataset.tokenizer_sha256,
             "data_sha256": self._dataset.data_sha256,
             "loader": loader.fingerprint(),
+            "arrangement": self.arrangement.remembered,
             "global_sequences": phase.train.global_sequences(self._run.layout),
             "versions": {"dualray": dualray.__version__},
         }
@@ -180,10 +220,13 @@ class Training:
 
     def _trace_step(self, results: list[StepResult]) -> None:
         """Let the step that has just ended be the one that trace.json shows."""
-        layout = self._run.layout
-        schedule = make_schedule(layout.schedule, layout.pipeline, self._phase.train.micro_batches)
         spans = [result.spans for result in results]
-        self._trace = step_trace(spans, step=self.steps_done, layout=layout, schedule=schedule)
+        self._trace = step_trace(
+            spans,
+            step=self.steps_done,
+            layout=self.arrangement.layout,
+            schedule=self.arrangement.schedule,
+        )
         self._write_trace()
 
     def _trace_checkpoint(self, files: list[RankFiles]) -> None:

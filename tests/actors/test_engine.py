@@ -267,7 +267,7 @@ def test_the_actor_asks_every_worker_and_joins_their_tokens():
         )
         target = await actor.start()
         assert target.startswith("127.0.0.1:")
-        await actor.serve(3, "d")
+        await actor.serve(3, "d", owners(1, 1, 1))
 
         def ask():
             with Client(target) as client:

@@ -211,7 +211,7 @@ def steps_of(trainer, first: int, phases, entered, before=lambda step: None) -> 
         before(step)
         phase = phase_at(phases, step)
         if phase is not entered:
-            trainer.enter_phase(phase)
+            trainer.enter_phase(phase, trainer.layout)
             entered = phase
         result = trainer.step(step, tokens_for(phase.model, phase.train))
         results.append((result.loss, *result.mtp_loss, result.grad_norm, result.lr))
@@ -251,7 +251,7 @@ def train_from(rank: int, checkpoints: dict, ports: dict) -> dict:
         if (name, number) == ("float64", SAVED[0]):
             # What the first long step's loss would be had the positions stayed as they were.
             trainer_state.restore_weights(trainer, Reader(checkpoints[name, number]))
-            trainer.enter_phase(replace(phase, model=MODEL))
+            trainer.enter_phase(replace(phase, model=MODEL), trainer.layout)
             results["old positions"] = trainer.step(number, tokens_for(MODEL, phase.train)).loss
         trainer.close()
     return results

@@ -35,7 +35,10 @@ class FakeGang:
     """Two workers whose losses are the step's number. `before[method](*args)` runs first."""
 
     def __init__(self) -> None:
-        self.infos = [WorkerInfo(rank=rank, pid=6 + rank, node="node") for rank in range(2)]
+        self.infos = [
+            WorkerInfo(rank=rank, pid=6 + rank, node="node", memory_bytes=1e9, has_device=False)
+            for rank in range(2)
+        ]
         self.workers = [None, None]
         self.before: dict[str, Callable[..., None]] = {}
         self.calls: list[str] = []

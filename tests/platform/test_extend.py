@@ -15,6 +15,7 @@ from dualray.checkpoint.reader import Reader
 from dualray.checkpoint.writer import Piece, write_rank
 from dualray.data.dataset import TokenDataset
 from dualray.errors import CheckpointError, ConfigError, DataError
+from dualray.parallel.phases import phase_at
 from dualray.parallel.trainer import HeldOut, StepResult
 from dualray.platform.console import Console
 from dualray.platform.events import EventLog, Note
@@ -23,6 +24,7 @@ from dualray.platform.launch import plan_serving, plan_training, summary_of
 from dualray.platform.metrics import MetricsLog, read_metrics
 from dualray.platform.report.page import write_report
 from dualray.platform.run_file import RunFile, load_run_file, parse_run_file, to_mapping
+from dualray.platform.scheduling.choice import start_of
 from dualray.platform.training import Training
 
 # The tiny preset takes 256 tokens.
@@ -84,9 +86,10 @@ def train(run: RunFile, *, until: int = 100, first_step: int = 0) -> tuple[FakeG
     folder.create(to_mapping(run))
     with MetricsLog.resume(folder.metrics, first_step) as log:
         dataset = TokenDataset.open(run.data.path, verify=False)
+        start = start_of(run.layout, phase_at(run.phases(), first_step), None)
         Training(
-            run, gang, folder, events, log, dataset=dataset, first_step=first_step  # pyrefly: ignore
-        ).run(lambda: gang.steps >= until)  # fmt: skip
+            run, gang, folder, events, log, dataset=dataset, first_step=first_step, start=start
+        ).run(lambda: gang.steps >= until)
     return gang, events
 
 

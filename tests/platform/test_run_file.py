@@ -176,7 +176,7 @@ def test_unknown_key_in_a_section_of_a_section() -> None:
 def test_unknown_key_with_nothing_near() -> None:
     assert refusal(mapping(zzz=1)) == (
         "zzz is not a field of the run file; the run file has name, model, data, train, extend, "
-        "layout, serve, cluster, kubernetes, seed."
+        "layout, serve, scheduler, cluster, kubernetes, seed."
     )
 
 

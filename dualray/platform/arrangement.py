@@ -1,0 +1,157 @@
+"""How a run's workers are arranged at present, and how they get into another arrangement.
+
+Another order of the same work, or other micro-batches, is a word to each worker. Another map of
+stages to workers moves weights and optimizer states: a checkpoint is committed, the same processes
+build their new stages, and read it. Nothing is lost if that fails, since the checkpoint stands.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dualray.actors.gang import Gang
+from dualray.parallel.phases import Phase
+from dualray.parallel.spans import OPTIMIZER, SpanTuple
+from dualray.parallel.trainer import StepResult
+from dualray.platform.costs import measured_costs, measured_exchange
+from dualray.platform.run_file import RunFile
+from dualray.platform.scheduler import Decision, Observation, Scheduler
+from dualray.platform.scheduling.choice import (
+    Choice,
+    Situation,
+    Start,
+    choice_of,
+    layout_with,
+    phase_with,
+    remember,
+)
+from dualray.platform.timeline import walks_of
+from dualray.schedule.actions import Schedule
+from dualray.schedule.make import make_schedule
+
+Save = Callable[[], Path]
+"""Commits a checkpoint of the present step and says where it is."""
+
+
+class Arrangement:
+    """The workers' layout, schedule and micro-batches, and the scheduler that decides them.
+
+    There is a scheduler only if the run's layout leaves the schedule open.
+    """
+
+    def __init__(self, run: RunFile, gang: Gang, phase: Phase, start: Start) -> None:
+        """`start` is how the workers have started."""
+        self._run, self._gang = run, gang
+        self.layout = start.layout
+        self.phase = phase
+        """The run file's own, whatever the micro-batches are at present."""
+        self._choice = start.choice
+        self._scheduler = self._new_scheduler(decided=start.decided)
+
+    @property
+    def choice(self) -> Choice:
+        """What the workers do at present."""
+        return self._choice
+
+    @property
+    def schedule(self) -> Schedule:
+        return make_schedule(self.layout.schedule, self.layout.pipeline, self._choice.micro_batches)
+
+    @property
+    def remembered(self) -> dict[str, Any] | None:
+        """What a checkpoint says, so that a resumed run goes on alike; None if all is pinned."""
+        if self._scheduler is None:
+            return None
+        return remember(self._scheduler.choice, decided=not self._scheduler.is_measuring)
+
+    def enter(self, phase: Phase) -> None:
+        """Go on with another phase. Its costs are others, so the scheduler begins anew."""
+        self.phase = phase
+        own = choice_of(self.layout, phase)
+        self._order(replace(own, schedule=self._choice.schedule, layers=self._choice.layers))
+        self._scheduler = self._new_scheduler(decided=False)
+
+    def prepare(self) -> bool:
+        """Arrange the next step; says whether its costs are wanted."""
+        if self._scheduler is None:
+            return False
+        if self._scheduler.next_choice != self._choice:
+            self._order(self._scheduler.next_choice)
+        return self._scheduler.wants_costs
+
+    def after(self, results: Sequence[StepResult], step: int, save: Save) -> Decision | None:
+        """A step is done; perhaps a decision, which has been carried out then."""
+        if self._scheduler is None:
+            return None
+        wanted = self._scheduler.wants_costs
+        spans = [result.spans for result in results]
+        decision = self._scheduler.saw(self._observed(spans) if wanted else None)
+        if decision is not None and decision.choice != self._choice:
+            self._change(decision.choice, step, save)
+        return decision
+
+    def _observed(self, spans: Sequence[Sequence[SpanTuple]]) -> Observation:
+        walks = walks_of(spans, self.layout)
+        times = [
+            [[(text, end - start) for text, start, end in walk] for walk in workers]
+            for workers in walks
+        ]
+        after = [
+            sum(end - start for _, category, start, end in own if category == OPTIMIZER)
+            for own in spans
+        ]
+        return Observation(
+            costs=measured_costs(times, self.schedule),
+            exchange_s=measured_exchange(walks, self.schedule),
+            # Who comes last to a sum waits least.
+            optimizer_s=min(after),
+        )
+
+    def _order(self, choice: Choice) -> None:
+        """The same stages on the same workers, in another order or other micro-batches."""
+        self._set(choice)
+        self._gang.call("enter_phase", phase_with(self.phase, choice), self.layout)
+
+    def _change(self, choice: Choice, step: int, save: Save) -> None:
+        if self._places(choice) == self._places(self._choice):
+            self._order(choice)
+            return
+        checkpoint = save()
+        self._set(choice)
+        self._gang.rebuild(self.layout, phase_with(self.phase, choice))
+        self._gang.call("restore", str(checkpoint), step)
+
+    def _places(self, choice: Choice) -> tuple[object, ...]:
+        """Who holds which layers."""
+        schedule = make_schedule(choice.schedule, self.layout.pipeline, choice.micro_batches)
+        return schedule.stage_of, choice.layers
+
+    def _set(self, choice: Choice) -> None:
+        self._choice = choice
+        self.layout = layout_with(self.layout, choice)
+
+    def _new_scheduler(self, *, decided: bool) -> Scheduler | None:
+        run, phase = self._run, self.phase
+        if not run.layout.is_open:
+            return None
+        situation = Situation(
+            model=phase.model,
+            layout=run.layout.concrete,
+            seq_len=phase.train.seq_len,
+            dtype=phase.train.dtype,
+            recompute=phase.train.recompute,
+            memory_bytes=run.scheduler.memory_bytes or self._memory_bytes(),
+        )
+        return Scheduler(run.scheduler, situation, self._choice, decided=decided)
+
+    def _memory_bytes(self) -> float:
+        """What the worker with the least memory may fill; workers of a node share the node's."""
+        workers = Counter(info.node for info in self._gang.infos)
+        return min(
+            info.memory_bytes / (1 if info.has_device else workers[info.node])
+            for info in self._gang.infos
+        )

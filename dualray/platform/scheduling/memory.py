@@ -1,0 +1,46 @@
+"""What a choice fills of a worker's memory, by the planner's formulas."""
+
+from __future__ import annotations
+
+from dualray.platform.planning.holding import Held, copies, held_by_stage, shard
+from dualray.platform.planning.memory import activation_bytes
+from dualray.platform.planning.precision import PRECISIONS
+from dualray.platform.planning.setting import Candidate
+from dualray.platform.scheduling.choice import Choice, Situation
+from dualray.schedule.actions import Schedule
+from dualray.schedule.memory import peaks_of
+
+
+def worker_bytes(choice: Choice, situation: Situation, schedule: Schedule) -> float:
+    """Weights, gradients, optimizer shard and activations of the fullest worker.
+
+    Activations are those of a run with `train.recompute`; without it they are more. float64 is
+    counted as twice float32.
+    """
+    layout, model = situation.layout, situation.model
+    wide = situation.dtype == "float64"
+    precision = PRECISIONS["float32" if wide else situation.dtype]
+    candidate = Candidate(
+        pipeline=layout.pipeline,
+        experts=layout.experts,
+        replicas=layout.replicas,
+        schedule=choice.schedule,
+        micro_batch_size=choice.micro_batch_size,
+        micro_batches=choice.micro_batches,
+        layers_per_stage=choice.layers,
+    )
+    held = held_by_stage(model, candidate, schedule)
+    tokens = choice.micro_batch_size * situation.seq_len
+    kept = activation_bytes(model, precision, choice.layers, tokens)
+    peaks, shared = peaks_of(schedule.steps), copies(candidate, schedule)
+    fullest = 0.0
+    for pipeline_rank, stages in enumerate(schedule.stage_of):
+        own = sum((held[stage] for stage in stages), start=Held())
+        live = peaks.activations[pipeline_rank] + peaks.deferred[pipeline_rank]
+        fullest = max(
+            fullest,
+            (precision.weight_bytes + precision.gradient_bytes) * own.total
+            + precision.optimizer_bytes * shard(own, shared)
+            + live * max(kept[stage] for stage in stages),
+        )
+    return fullest * (2 if wide else 1)
