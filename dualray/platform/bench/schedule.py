@@ -24,6 +24,7 @@ from dualray.schedule.simulate import Costs, simulate
 
 SAME = 0.05
 """How far the bubbles of gpipe and 1f1b may lie apart, which the theory has equal; a share."""
+_WARM_UP_STEPS = 1
 _TIMEOUT_S = 900.0
 
 
@@ -35,11 +36,11 @@ class Workload:
     ranks: tuple[int, ...]
     """Pipeline ranks P of each comparison, unless others are asked for."""
     steps: int
-    """Measured steps of each schedule, behind one that warms up."""
+    """Measured steps of each schedule, behind what warms up."""
 
 
-FULL = Workload(layer=LayerDurations(compute_s=8e-3, journey_s=6e-3), ranks=(4, 8), steps=5)
-"""F = I = 56 ms, W = 32 ms and F&B = 96 ms a stage: long enough for the executor's own work
+FULL = Workload(layer=LayerDurations(compute_s=10e-3, journey_s=7.5e-3), ranks=(4, 8), steps=5)
+"""F = I = 70 ms, W = 40 ms and F&B = 120 ms a stage: long enough for the executor's own work
 to be 1 % of a step with 8 ranks on two cores. Some 4 minutes."""
 
 QUICK = Workload(layer=LayerDurations(compute_s=4e-3, journey_s=3e-3), ranks=(4,), steps=2)
@@ -57,13 +58,14 @@ def compare(
     """One comparison of all schedules for each number of ranks, as plain data."""
     results = []
     for num_ranks in ranks:
-        on_part(f"{num_ranks} ranks: all schedules in turn, {workload.steps + 1} steps each")
         task = Task(
             num_micro_batches=num_micro_batches(num_ranks),
             layer=workload.layer,
-            warm_up_steps=1,
+            warm_up_steps=_WARM_UP_STEPS,
             steps=workload.steps,
         )
+        num_steps = task.warm_up_steps + task.steps
+        on_part(f"{num_ranks} ranks: all schedules in turn, {num_steps} steps each")
         load = os.getloadavg()[0]
         found = run_ranks(run, task, [LOOPBACK] * num_ranks, timeout_s=_TIMEOUT_S)
         results.append({"load_average": load, **result(task, found)})
@@ -141,4 +143,8 @@ def order_holds(bubbles: Mapping[str, float]) -> bool:
 
 def config_dict(workload: Workload) -> dict[str, Any]:
     """The workload as a record stores it."""
-    return {"layer": asdict(workload.layer), "warm_up_steps": 1, "steps": workload.steps}
+    return {
+        "layer": asdict(workload.layer),
+        "warm_up_steps": _WARM_UP_STEPS,
+        "steps": workload.steps,
+    }
