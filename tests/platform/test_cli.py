@@ -44,7 +44,7 @@ SURFACE: dict[str, list[str]] = {
     ],
     "k8s render": ["RUN.yaml", "--kind", "--set"],
     "logs": ["JOB", "--address", "--follow", "--no-follow"],
-    "plan": ["MODEL_OR_RUN", "--json"],
+    "plan": ["MODEL_OR_RUN", "--cluster", "--json", "--plot"],
     "report": ["RUN_DIR", "--out"],
     "schedule": ["KIND", "--chunks", "--costs", "--json", "--ranks", "--trace"],
     "score": ["CHECKPOINT", "--json", "--text", "--tokens"],

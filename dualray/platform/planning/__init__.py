@@ -1,0 +1,1 @@
+"""What training a model on a cluster would cost, from hardware constants and kernel speeds."""
