@@ -76,7 +76,6 @@ class Executor:
         self._strands: Strands | None = None
         if exchange is not None and overlapped:
             self._strands = Strands(self._prepare_thread)
-            exchange.meanwhile = self._meanwhile
 
     def run(
         self,
@@ -97,9 +96,11 @@ class Executor:
         return walk.run()
 
     def close(self) -> None:
-        """End the thread that overlapped pairs use."""
+        """End the threads that overlapped pairs use."""
         if self._strands is not None:
             self._strands.close()
+        if self._exchange is not None:
+            self._exchange.close()
 
     def _prepare_thread(self) -> None:
         if self._device.type == "cuda":
@@ -143,6 +144,8 @@ class _Walk:
         links.waited_s = 0.0
         if exchange is not None:
             exchange.waited_s, exchange.spans = 0.0, sums.spans
+            if self.trains and self.e._strands is not None:
+                exchange.meanwhile = self.e._meanwhile
         started = time.perf_counter()
         with torch.set_grad_enabled(self.trains):
             for step in self.steps[:1]:
@@ -159,6 +162,7 @@ class _Walk:
         sums.waited_s = links.waited_s
         if exchange is not None:
             sums.exposed_s, exchange.spans = exchange.waited_s, None
+            exchange.meanwhile = None
         return sums
 
     def _run(self, step: Step) -> None:
