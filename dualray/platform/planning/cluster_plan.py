@@ -46,10 +46,11 @@ class ClusterPlan:
 
     @property
     def layouts(self) -> tuple[Estimate, ...]:
-        """The ranked layouts, and among them the run's."""
-        extra = () if self.run is None or self.run.estimate is None else (self.run.estimate,)
-        everything = {each.candidate: each for each in (*self.ranking.estimates, *extra)}
-        return tuple(sorted(everything.values(), key=lambda each: -each.tokens_per_s_per_gpu))
+        """The fastest layouts, and at their places the report's and the run's."""
+        named = [each.estimate for each in (self.report, self.run) if each is not None]
+        found = (*self.ranking.estimates, *(each for each in named if each is not None))
+        distinct = {each.candidate: each for each in found}
+        return tuple(sorted(distinct.values(), key=lambda each: -each.tokens_per_s_per_gpu))
 
 
 def preset_setting(name: str, model: ModelConfig, cluster: Cluster) -> Setting:

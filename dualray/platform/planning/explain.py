@@ -8,7 +8,7 @@ from dualray.platform.planner import Figure
 from dualray.platform.planning.estimate import SECONDS_PER_HOUR, TRILLION, Estimate
 from dualray.platform.planning.exchange import combine_bytes, dispatch_bytes, visits
 from dualray.platform.planning.fit import outline
-from dualray.platform.planning.holding import ring_bytes_per_s
+from dualray.platform.planning.holding import Held, is_mirrored, ring_bytes_per_s
 from dualray.platform.planning.kernels import (
     COMMUNICATION_SMS,
     TRAFFIC_SHARE,
@@ -141,15 +141,16 @@ def _bytes(setting: Setting, estimate: Estimate) -> Iterator[Figure]:
     """The fullest GPU's, in the order of `Memory`."""
     fit, precision = estimate.fit, setting.precision
     schedule = outline(fit.candidate.schedule, fit.candidate.pipeline)
-    own, *second = (fit.held[stage] for stage in schedule.stage_of[fit.fullest])
-    both = sum(second, start=own)
+    stages = schedule.stage_of[fit.fullest]
+    both = sum((fit.held[stage] for stage in stages), start=Held())
+    mirrored = fit.held[stages[1]].total if is_mirrored(schedule) else 0
     kept = kept_by_rank(setting, fit.candidate, schedule)[fit.fullest]
     live = " + ".join(f"{each.micro_batches} x {each.bytes_each:.0f}" for each in kept)
     tokens = fit.candidate.batch(setting.seq_len).num_tokens
     narrow = both.total - both.full_width if precision.quantises else 0
     formulas = {
-        "weights": f"{precision.weight_bytes} x {own.total}",
-        "second_weights": f"{precision.weight_bytes} x {both.total - own.total}",
+        "weights": f"{precision.weight_bytes} x {both.total - mirrored}",
+        "mirrored_weights": f"{precision.weight_bytes} x {mirrored}",
         "quantised_weights": f"{precision.operand_bytes} x {narrow}",
         "gradients": f"{precision.gradient_bytes} x {both.total}",
         "optimizer_shard": f"{precision.optimizer_bytes} x ({both.dense} / {fit.copies.dense} + "

@@ -46,9 +46,13 @@ class Copies:
 
 def copies(candidate: Candidate, schedule: Schedule) -> Copies:
     """Copies of a parameter over mirrors, replicas and, if dense, expert ranks."""
-    mirrors = sum(0 in stages for stages in schedule.stage_of)
-    routed = mirrors * candidate.replicas
+    routed = candidate.replicas * (2 if is_mirrored(schedule) else 1)
     return Copies(dense=routed * candidate.experts, routed=routed)
+
+
+def is_mirrored(schedule: Schedule) -> bool:
+    """Whether two pipeline ranks hold each stage."""
+    return sum(0 in stages for stages in schedule.stage_of) == 2
 
 
 def held_by_stage(model: ModelConfig, candidate: Candidate, schedule: Schedule) -> list[Held]:

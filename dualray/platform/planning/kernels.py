@@ -2,10 +2,10 @@
 
 A matrix product is cut into output tiles, one tile a streaming multiprocessor (SM) at a time; the
 last wave of tiles may leave SMs idle. A wave takes `overhead_s` (filling the pipeline, writing
-the tile) and then runs at a fixed share of the SM's peak. These two constants reproduce every
-published figure of DeepGEMM on an H800 for the shapes of DeepSeek-V3, 14 % apart at K = 512 and
-K = 16384, within 7 %; the tests hold them to that. So small products, narrow K and fewer SMs cost
-what they would.
+the tile) and then runs at a fixed share of the SM's peak. Two constants for each kind of product
+reproduce every published figure of DeepGEMM on an H800 for DeepSeek-V3's shapes within 7 %,
+although those speeds differ by a factor of 2.3; the tests hold them to that. So small products,
+narrow ones and those on fewer SMs cost what they would.
 """
 
 from __future__ import annotations

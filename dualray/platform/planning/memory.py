@@ -9,7 +9,7 @@ from functools import cache
 from dualray.model.config import ModelConfig
 from dualray.model.formulas import main_parameters, mtp_parameters
 from dualray.platform.planning.exchange import reach
-from dualray.platform.planning.holding import Copies, Held, shard
+from dualray.platform.planning.holding import Copies, Held, is_mirrored, shard
 from dualray.platform.planning.precision import FP32_BYTES, Precision
 from dualray.platform.planning.setting import Candidate, Setting
 from dualray.schedule.actions import Kind, Schedule, flatten
@@ -27,9 +27,9 @@ class Memory:
     """Bytes on one GPU."""
 
     weights: float
-    """Parameters of the rank's stage, or of its first one."""
-    second_weights: float
-    """Parameters of its second stage: DualPipe's mirrored copy, DualPipeV's other leg."""
+    """Parameters of the rank's stages."""
+    mirrored_weights: float
+    """DualPipe's second copy: parameters of the stage of the other direction."""
     quantised_weights: float
     """FP8 operands made of the weights once a step."""
     gradients: float
@@ -88,14 +88,14 @@ def memory_by_rank(
     buffers = _exchange_bytes(model, precision, candidate.experts, num_tokens)
     ranks = []
     for stages, kept in zip(schedule.stage_of, kept_by_rank(setting, candidate, schedule)):
-        own, *mirrored = (held[stage] for stage in stages)
-        both = sum(mirrored, start=own)
+        both = sum((held[stage] for stage in stages), start=Held())
+        mirrored = held[stages[1]].total if is_mirrored(schedule) else 0
         quantised = both.total - both.full_width if precision.quantises else 0
         last = schedule.num_stages - 1 in stages
         ranks.append(
             Memory(
-                weights=precision.weight_bytes * own.total,
-                second_weights=precision.weight_bytes * (both.total - own.total),
+                weights=precision.weight_bytes * (both.total - mirrored),
+                mirrored_weights=precision.weight_bytes * mirrored,
                 quantised_weights=precision.operand_bytes * quantised,
                 gradients=precision.gradient_bytes * both.total,
                 optimizer_shard=precision.optimizer_bytes * shard(both, copies),
@@ -130,12 +130,8 @@ def activation_bytes(
     """
     D, H = model.hidden_size, model.num_attention_heads
     value, operand = precision.activation_bytes, precision.operand_bytes
-    if model.attention == "mla" and model.q_lora_rank is not None:
-        inputs = model.q_lora_rank + model.cache_dim
-    elif model.attention == "mla":
-        inputs = H * model.qk_head_dim + model.cache_dim
-    else:
-        inputs = H * model.qk_head_dim + model.cache_dim
+    # Queries and keys, or the latents that they are made of.
+    inputs = (model.q_lora_rank or H * model.qk_head_dim) + model.cache_dim
     output = _OUTPUT_BYTES_FP8 if precision.quantises else value
     attention = value * inputs + H * (model.v_head_dim * output + FP32_BYTES)
     common = 2 * D * value + attention
