@@ -6,9 +6,8 @@ time that a rank spends in all its actions of a kind. 15360 sequences on 128 dat
 stages. By DualPipe's phases a rank r from its end then runs 23-r forwards alone ("1F": 1.13 s is
 58 ms each in the mean), 23-r backwards alone, of which 15-r leave their weight gradients to 15-r
 actions of their own ("1B", "1W"), and 97+r pairs ("1F1B": 13.95 s is 139 ms each); the two ranks
-in the middle split one pair. Whether the
-table shows the mean or one rank is not said; ours are means. The bubble is the rest, what a rank
-waits.
+in the middle split one pair. Whether the table shows the mean or one rank is not said; ours are
+means. The bubble is the rest, what a rank waits.
 """
 
 from __future__ import annotations
