@@ -7,6 +7,7 @@ import typer
 from dualray.platform.commands.bench_attention import attention
 from dualray.platform.commands.bench_context import context
 from dualray.platform.commands.bench_model import model
+from dualray.platform.commands.bench_overlap import overlap
 from dualray.platform.commands.bench_schedule import schedule
 
 app = typer.Typer(help="Side-by-side benchmarks.", no_args_is_help=True)
@@ -14,3 +15,4 @@ app.command("model")(model)
 app.command("attention")(attention)
 app.command("context")(context)
 app.command("schedule")(schedule)
+app.command("overlap")(overlap)

@@ -1,0 +1,249 @@
+"""How much communication overlapped pairs hide, on two hosts joined by a slow link.
+
+Each host runs one process with its share of every layer's experts, so that half of all rows cross
+the link four times a layer: dispatch and combine, and the gradients of both. Three walks of the
+same step over the same weights are timed in turn: without communication (rows are handed to
+oneself: the floor), sequential, and overlapped. What the overlapped walk hides of the time that
+the sequential one pays for communication is
+
+    (sequential - overlapped) / (sequential - floor).
+
+The pipeline is DualPipeV on one rank, whose step is made of pairs alone but for its first and last
+micro-batch; two ranks a host would share the two cores of a small machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualray.model.config import ModelConfig
+from dualray.parallel.dispatch import AllToAllDispatch
+from dualray.parallel.exchange import Exchange
+from dualray.parallel.executor import Executor
+from dualray.parallel.groups import Groups, join
+from dualray.parallel.held import HeldStages
+from dualray.parallel.layout import Layout
+from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
+from dualray.parallel.p2p import PipelineLinks
+from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
+from dualray.platform.bench.hosts import Host, emulated_hosts
+from dualray.platform.bench.ranks import Member, run_ranks
+from dualray.schedule.actions import Schedule
+from dualray.schedule.make import make_schedule
+
+WALKS = ("floor", "sequential", "overlapped")
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapCase:
+    """What is walked, and how often."""
+
+    hidden_size: int = 256
+    moe_intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    seq_len: int = 256
+    sequences: int = 2
+    """Per micro-batch."""
+    micro_batches: int = 6
+    repeats: int = 9
+    """Timed rounds, in each of which every walk is made once."""
+
+    def model(self) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=512,
+            hidden_size=self.hidden_size,
+            intermediate_size=2 * self.hidden_size,
+            moe_intermediate_size=self.moe_intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=4,
+            q_lora_rank=128,
+            kv_lora_rank=64,
+            qk_nope_head_dim=64,
+            qk_rope_head_dim=32,
+            v_head_dim=64,
+            n_routed_experts=16,
+            n_shared_experts=1,
+            num_experts_per_tok=4,
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=1.0,
+            first_k_dense_replace=0,
+            num_nextn_predict_layers=0,
+            max_position_embeddings=self.seq_len,
+            initializer_range=0.02,
+        )
+
+
+FULL = OverlapCase()
+QUICK = OverlapCase(
+    hidden_size=64, moe_intermediate_size=64, seq_len=64, micro_batches=4, repeats=2
+)
+
+
+class NoJourney(Exchange):
+    """Rows arrive where they are: as many as are sent, and their values do not matter."""
+
+    def start_counts(self, counts: Tensor, group: Any) -> Any:
+        return lambda: counts
+
+    def _all_to_all(
+        self, rows: Tensor, receive: list[int], send: list[int], group: Any, name: str
+    ) -> Tensor:
+        assert sum(receive) == sum(send)
+        return rows.clone()
+
+
+class _Worker:
+    """One rank: the same weights under three executors."""
+
+    def __init__(self, member: Member, case: OverlapCase) -> None:
+        self.case, self.model = case, case.model()
+        layout = Layout(pipeline=1, experts=member.world_size, schedule="dualpipev")
+        self.schedule = make_schedule(layout.schedule, 1, case.micro_batches)
+        self.groups = join(
+            layout,
+            self.schedule,
+            member.rank,
+            member.rendezvous,
+            device=_CPU,
+            hosted=member.hosted,
+        )
+        self.placement = placement = contiguous_placement(self.model, layout.experts)
+        self.held = HeldStages(
+            self.model,
+            self.schedule,
+            layout.coordinate(member.rank),
+            placement,
+            seed=0,
+            dtype=torch.float32,
+            device=_CPU,
+        )
+        parameters = (self.held.dense_parameters() | self.held.expert_parameters()).values()
+        self.gradients = attach_main_grads(parameters)
+        self.executors = {
+            "floor": self._executor(NoJourney(), overlapped=False),
+            "sequential": self._executor(Exchange(), overlapped=False),
+            "overlapped": self._executor(Exchange(), overlapped=True),
+        }
+        self.batches = _batches(case, self.schedule, seed=member.rank)
+        targets = member.world_size * case.micro_batches * case.sequences * case.seq_len
+        self.objective = Objective(main=1 / targets, mtp=(), balance=0.0)
+
+    def _executor(self, exchange: Exchange, *, overlapped: bool) -> Executor:
+        groups: Groups = self.groups
+        return Executor(
+            self.held,
+            0,
+            PipelineLinks(groups.channels, groups.pipeline_ranks),
+            [AllToAllDispatch(self.placement, group, _CPU, exchange) for group in groups.dispatch],
+            WeightGrads(),
+            exchange=exchange,
+            overlapped=overlapped,
+        )
+
+    def walk(self, name: str) -> tuple[float, StepSums]:
+        """Seconds from a common start to this rank's end."""
+        self.gradients.zero_()
+        dist.barrier(self.groups.world)
+        started = time.perf_counter()
+        sums = self.executors[name].run(self.schedule, self.batches, self.objective)
+        return time.perf_counter() - started, sums
+
+
+def _batches(case: OverlapCase, schedule: Schedule, seed: int) -> dict[tuple[int, int], MicroBatch]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = case.sequences * case.seq_len
+    positions = torch.arange(case.seq_len).repeat(case.sequences)
+    drawn = [
+        torch.randint(512, (2, tokens), generator=generator) for _ in range(case.micro_batches)
+    ]
+    return {
+        (direction, index): MicroBatch(
+            positions_T=positions,
+            seq_lens=(case.seq_len,) * case.sequences,
+            ids_T=drawn[index][0],
+            labels_DT=drawn[index][1:],
+        )
+        for direction in range(schedule.num_directions)
+        for index in range(case.micro_batches)
+    }
+
+
+def measure_rank(member: Member, case: OverlapCase) -> dict[str, list[float]]:
+    """Seconds of every timed walk, and of waiting within the overlapped ones."""
+    worker = _Worker(member, case)
+    seconds: dict[str, list[float]] = {name: [] for name in (*WALKS, "exposed")}
+    for number in range(case.repeats + 1):
+        for name in WALKS:
+            took, sums = worker.walk(name)
+            if number:  # the first round warms up
+                seconds[name].append(took)
+                if name == "overlapped":
+                    seconds["exposed"].append(sums.exposed_s)
+    for executor in worker.executors.values():
+        executor.close()
+    return seconds
+
+
+def compare_overlap(
+    case: OverlapCase,
+    *,
+    timeout_s: float = 900.0,
+    on_part: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Rows `free` (nothing to hide) and `shaped` (communication as long as computation).
+
+    The shaped link's rate is chosen from the free one's floor and bytes, so that carrying a
+    step's rows takes as long as computing it. Raises ResourceError where hosts cannot be emulated.
+    """
+    with emulated_hosts(2) as network:
+        hosts: tuple[Host, ...] = network.hosts
+        before = network.sent_bytes(hosts[0])
+        on_part("free link")
+        free = _row("free", run_ranks(measure_rank, case, hosts, timeout_s=timeout_s), None)
+        walks = 2 * (case.repeats + 1)  # the floor sends nothing
+        step_bytes = (network.sent_bytes(hosts[0]) - before) / walks
+        rate = 8 * step_bytes / free["floor_s"]
+        network.set_rate(rate)
+        on_part(f"link of {rate / 1e6:.0f} Mbit/s")
+        shaped = _row("shaped", run_ranks(measure_rank, case, hosts, timeout_s=timeout_s), rate)
+    for row in (free, shaped):
+        row["step_bytes"] = round(step_bytes)
+    return [free, shaped]
+
+
+def _row(link: str, ranks: list[dict[str, list[float]]], rate: float | None) -> dict[str, Any]:
+    # A step ends when its slowest rank does.
+    rounds = {name: [max(times) for times in zip(*(r[name] for r in ranks))] for name in WALKS}
+    median = {name: statistics.median(times) for name, times in rounds.items()}
+    triples = list(zip(*(rounds[name] for name in WALKS)))
+    row: dict[str, Any] = {
+        "link": link,
+        "rate_bits_per_s": rate,
+        **{f"{name}_s": median[name] for name in WALKS},
+        "overlapped_per_sequential": statistics.median(o / s for _, s, o in triples),
+        "communication_per_computation": statistics.median((s - f) / f for f, s, _ in triples),
+    }
+    if rate is not None:
+        hidden = [(s - o) / (s - f) for f, s, o in triples]
+        row |= {
+            "hidden": statistics.median(hidden),
+            "hidden_min": min(hidden),
+            "hidden_max": max(hidden),
+        }
+    return row
+
+
+def config_dict(case: OverlapCase) -> dict[str, Any]:
+    """What was measured, for the record."""
+    return asdict(case) | {"schedule": "dualpipev", "hosts": 2, "experts": 2, "threads_per_host": 1}
