@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dualray.parallel.groups import Group
-from dualray.parallel.spans import COMMUNICATION, Spans
+from dualray.parallel.spans import COMMUNICATION, WAITING, Spans
 
 
 class Exchange:
@@ -53,7 +53,9 @@ class Exchange:
         assert work is not None
 
         def wait() -> Tensor:
+            waits = time.perf_counter()
             work.wait()
+            self._note_wait("counts", waits)
             return theirs
 
         return wait
@@ -74,10 +76,16 @@ class Exchange:
             self.meanwhile()
         waits = time.perf_counter()
         arrived = arrival()
-        self.waited_s += time.perf_counter() - waits
+        self._note_wait(name, waits)
         if self.spans is not None:
             self.spans.add(name, COMMUNICATION, started, arrived)
         return out
+
+    def _note_wait(self, name: str, since: float) -> None:
+        now = time.perf_counter()
+        self.waited_s += now - since
+        if self.spans is not None:
+            self.spans.add(name, WAITING, since, now)
 
     def _start(
         self, out: Tensor, rows: Tensor, receive: list[int], send: list[int], group: Group

@@ -59,6 +59,7 @@ def make_steps(
                 tokens_per_s=31_000 + noise.gauss(0, 900),
                 step_time_s=0.53 + noise.gauss(0, 0.02),
                 bubble=0.16 + abs(noise.gauss(0, 0.02)),
+                exposed_communication=0.125,
                 max_vio=max(vio.values(), default=None),
                 max_vio_per_layer=vio,
                 loads=loads,

@@ -182,6 +182,7 @@ def test_text_states_run_layout_yardsticks_and_checkpoints(page):
     simulated = 100 * make_trace(step=300).bubble_simulated()
     assert f"its actions cost in this step: there {simulated:.1f} % are idle." in words
     assert "simulated (pipeline 1)" in words
+    assert "In the median step 12.5 % of the same time went into waiting" in words
 
 
 def test_replaced_workers_are_not_called_the_same(tmp_path):

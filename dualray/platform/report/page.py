@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
+from statistics import median
 
 from dualray.platform.metrics import RunMetrics
 from dualray.platform.readable import number
@@ -139,6 +140,12 @@ def _speed(run: RunRecord) -> str:
         "Tokens per second over all workers, and the part of each step in which the pipeline "
         "stood idle."
     )
+    exposed = [step.exposed_communication for step in metrics.steps]
+    if any(exposed):
+        caption += (
+            f" In the median step {100 * median(exposed):.1f} % of the same time went into waiting "
+            "for expert ranks with nothing to compute."
+        )
     if metrics.checkpoints:
         caption += " Triangles mark checkpoints."
     figure = curves.speed_figure(metrics.steps, metrics.checkpoints, metrics.phases)

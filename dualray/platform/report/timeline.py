@@ -95,10 +95,11 @@ def timeline_figure(trace: Trace, layout: Layout | None) -> str:
                     fitting = _fitting(text, (right - left) * px_per_unit)
                     if fitting:
                         _write(axes, (left + right) / 2, (low + high) / 2, fitting)
-        for kind, polygons in boxes.items():
+        # Waits first: those within an action, for expert ranks, vanish beneath it.
+        for kind in sorted(boxes, key=lambda kind: kind != "waiting"):
             color = _LEGEND[kind][0]
             axes.add_collection(
-                PolyCollection(polygons, facecolors=color, edgecolors=PAPER, linewidths=0.4)
+                PolyCollection(boxes[kind], facecolors=color, edgecolors=PAPER, linewidths=0.4)
             )
         axes.set_xlim(0, length_s * scale or 1.0)
         axes.set_ylim(min(titles) - 0.55, 0.45)
