@@ -137,7 +137,8 @@ class SleepingStage(nn.Module):
 
     def _journey(self) -> None:
         arrives_s = self.clock.now_s + self.layer.journey_s
-        self.exchange.meanwhile()
+        if self.exchange.meanwhile is not None:
+            self.exchange.meanwhile()
         self.clock.until(arrives_s)
 
 

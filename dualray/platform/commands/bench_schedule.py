@@ -59,7 +59,7 @@ def schedule(
     if as_json:
         typer.echo(json.dumps(line))
         return
-    show(line)
+    _show(line)
     if record is not None:
         typer.echo(f"appended to {record}")
 
@@ -77,7 +77,7 @@ def parse_ranks(text: str) -> tuple[int, ...]:
     return ranks
 
 
-def show(line: dict[str, Any]) -> None:
+def _show(line: dict[str, Any]) -> None:
     machine, config = line["machine"], line["config"]
     typer.echo(
         f"schedule, {config['steps']} steps each, {machine['cpu']}, {machine['cores']} cores; "
