@@ -36,8 +36,8 @@ def assumptions(setting: Setting) -> dict[str, str]:
         ),
         "recomputed": "RMSNorms, up-projections of the latents, SwiGLU's output (3.2.3, 3.3.3)",
         "stages": (
-            "layers are cut so that the longest rank is as short as can be; a run file's own "
-            "layout is cut evenly, as the trainer does"
+            "layers are cut so that the longest rank is as short as can be (layout.layers sets "
+            "a cut); a run file's own layout is cut as it will be"
         ),
         "optimizer": "ZeRO-1; sums of gradients and gathered weights are not hidden",
         "launches": "no time between kernels, so the smallest models are slower than planned",

@@ -104,7 +104,7 @@ def _named(setting: Setting, candidate: Candidate | str) -> Named:
 
 
 def _run_candidate(setting: Setting, run: RunFile) -> Candidate | str:
-    layout, train = run.layout, run.train
+    layout, train = run.layout.concrete, run.train
     if layout.world_size > setting.cluster.num_gpus:
         return (
             f"its {layout.world_size} workers are more than the {setting.cluster.num_gpus} GPUs of "
@@ -119,7 +119,7 @@ def _run_candidate(setting: Setting, run: RunFile) -> Candidate | str:
         micro_batch_size=train.micro_batch_size,
         micro_batches=train.micro_batches,
         layers_per_stage=tuple(
-            len(each) for each in split_layers(run.model.num_hidden_layers, stages)
+            len(each) for each in split_layers(run.model.num_hidden_layers, stages, layout.layers)
         ),
     )
     fit = planned(setting, candidate)
