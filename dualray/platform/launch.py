@@ -182,7 +182,7 @@ def summary_of(assignment: Assignment) -> RunSummary:
         model=f"{count(counted.total)} parameters, {count(counted.active)} active a token, "
         f"{count(counted.mtp)} more for MTP",
         layout=f"{layout.replicas} x {layout.pipeline} pipeline x {layout.experts} expert ranks, "
-        f"{layout.schedule}",
+        + (f"auto, beginning as {layout.concrete.schedule}" if layout.is_open else layout.schedule),
         corpus=corpus,
         num_steps=phases[-1].end_step if assignment.trains else 0,
         phases=_in_words(phases) if assignment.trains and run.extend is not None else "",
