@@ -31,6 +31,7 @@ SURFACE: dict[str, list[str]] = {
         "--compiled", "--dtype", "--json", "--no-compiled", "--pairs", "--quick", "--record",
         "--threads",
     ],
+    "bench overlap": ["--json", "--quick", "--record"],
     "bench schedule": ["--json", "--quick", "--ranks", "--record"],
     "checkpoint export": ["CHECKPOINT", "--json", "--max-shard-size", "--out"],
     "checkpoint import": ["HF_DIR", "--fp8", "--json", "--out"],
