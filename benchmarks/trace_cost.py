@@ -17,7 +17,7 @@ TASK = Task(
     model=load_model("demo"),
     train=TrainConfig(steps=1000, seq_len=128, micro_batches=4, micro_batch_size=4, lr=1e-3),
     warmup=3,
-    pairs=40,
+    pairs=60,
 )
 
 

@@ -119,8 +119,10 @@ def _process(pid: int, title: str, spans: list[Span], origin_s: float) -> Iterat
     """The events of one process: its name and threads, then its spans."""
     yield _metadata("process_name", pid, 0, name=title)
     yield _metadata("process_sort_index", pid, 0, sort_index=pid)
-    for place, category in enumerate(Category):
-        own = [span for span in spans if Category(span.category) is category]
+    by_category: dict[str, list[Span]] = {category: [] for category in Category}
+    for span in spans:
+        by_category[span.category].append(span)
+    for place, (category, own) in enumerate(by_category.items()):
         # Whole nanoseconds, so that rounding lets no span reach into the one behind it.
         times = [
             (round((span.start_s - origin_s) * 1e9), round((span.end_s - origin_s) * 1e9))
@@ -129,14 +131,14 @@ def _process(pid: int, title: str, spans: list[Span], origin_s: float) -> Iterat
         lanes = _lanes(times)
         for lane in range(max(lanes, default=-1) + 1):
             tid = place + lane * len(Category)
-            name = str(category) if lane == 0 else f"{category} {lane + 1}"
+            name = category if lane == 0 else f"{category} {lane + 1}"
             yield _metadata("thread_name", pid, tid, name=name)
             yield _metadata("thread_sort_index", pid, tid, sort_index=100 * place + lane)
         for span, (start, end), lane in zip(own, times, lanes):
             yield {
                 "ph": "X",
                 "name": span.name,
-                "cat": str(category),
+                "cat": category,
                 "pid": pid,
                 "tid": place + lane * len(Category),
                 "ts": start / 1e3,

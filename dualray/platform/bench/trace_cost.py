@@ -2,8 +2,9 @@
 
 Four ranks train the demo's model in the demo's layout. Steps alternate, so that a machine that
 slows down slows both kinds. With a timeline is what a traced step of a run does: spans are noted,
-sent to one process, and written to a file together with the simulated schedule. Without,
-nothing is noted at all, which no run does: noting is too cheap to have a switch.
+sent to one process with the step's result, and written to a file together with the simulated
+schedule. Without, only the result is sent and nothing is noted at all, which no run does: noting
+is too cheap to have a switch.
 
 Steps vary by more than a timeline costs, even in pairs and even in the processor time of all
 ranks together, which other work on the machine disturbs less. So the parts of a timeline's work are
@@ -34,7 +35,7 @@ from dualray.parallel.layout import Layout
 from dualray.parallel.placement import contiguous_placement
 from dualray.parallel.spans import Spans, SpanTuple
 from dualray.parallel.train_config import TrainConfig
-from dualray.parallel.trainer import Trainer
+from dualray.parallel.trainer import StepResult, Trainer
 from dualray.platform.bench.hosts import LOOPBACK
 from dualray.platform.bench.ranks import Member, run_ranks
 from dualray.platform.timeline import step_trace
@@ -143,10 +144,10 @@ def run(member: Member, task: Task) -> Found:
                 started, cpu = time.perf_counter(), time.process_time()
                 with nullcontext() if traced else _silence():
                     result = trainer.step(pair, source)
-                if traced:
-                    spans = _gathered(result.spans, member)
-                    if member.rank == 0:
-                        _write(spans, task, Path(folder))
+                results = _gathered(result, member)
+                if traced and member.rank == 0:
+                    spans = [one.spans for one in results]
+                    _write(spans, task, Path(folder))
                 dist.barrier()
                 if pair >= task.warmup:
                     taken[traced].wall_s.append(time.perf_counter() - started)
@@ -187,7 +188,7 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _gathered(own: list[SpanTuple], member: Member) -> list[list[SpanTuple]]:
+def _gathered(own: StepResult, member: Member) -> list[StepResult]:
     everyone: list[Any] | None = [None] * _LAYOUT.world_size if member.rank == 0 else None
     dist.gather_object(own, everyone)
     return everyone or []

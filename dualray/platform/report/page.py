@@ -113,7 +113,7 @@ def _pipeline(run: RunRecord) -> str:
     when = "one step" if trace.step is None else f"step {trace.step:,}"
     caption = (
         f"What every worker did during {when}, as measured; a label such as F0.3 is the forward "
-        "of micro-batch 3 in direction 0, and gaps are time spent waiting."
+        "of micro-batch 3 in direction 0, and pale parts and gaps are time spent waiting."
     )
     bubble, simulated = trace.bubble(), trace.bubble_simulated()
     if bubble is not None:
