@@ -12,6 +12,7 @@ from support.training import make_trainer, tokens_for
 
 from dualray.errors import RunError
 from dualray.parallel.layout import Layout
+from dualray.parallel.spans import COMPUTE, OPTIMIZER, WAITING
 from dualray.parallel.train_config import TrainConfig
 
 STEPS = 4
@@ -101,3 +102,35 @@ def test_layouts_train_alike() -> None:
     losses = [step[0] for step in results[0][0][0]]
     assert losses[-1] < losses[0]
     assert any(any(bias) for bias in results[0][0][3].values())
+
+
+def one_step(rank: int, model, cases):
+    found = []
+    for layout, port in cases:
+        if rank < layout.world_size:
+            trainer = make_trainer(rank, model, layout, replace(TRAIN, micro_batches=4), port)
+            found.append(trainer.step(0, tokens_for(model, TRAIN)))
+            trainer.close()
+    return found
+
+
+@pytest.mark.multiproc
+def test_a_step_says_where_its_time_went() -> None:
+    model = tiny_config()
+    pipeline = Layout(pipeline=2, experts=2, schedule="1f1b")
+    results = run_ranks(one_step, 4, model, [(pipeline, free_port()), (Layout(), free_port())])
+    for found, *_ in results:
+        # Everybody hears the same, and what is left over has been computed in.
+        assert found.bubble == results[0][0].bubble
+        assert found.exposed_communication == results[0][0].exposed_communication
+        assert min(found.bubble, found.exposed_communication) > 0
+        assert found.bubble + found.exposed_communication < 1
+        starts = [start for _, category, start, _ in found.spans if category == OPTIMIZER]
+        parts = [name for name, category, _, _ in found.spans if category == OPTIMIZER]
+        assert parts == ["sum gradients", "clip", "optimizer", "balance"]
+        walked = [end for _, category, _, end in found.spans if category in (COMPUTE, WAITING)]
+        assert max(walked) <= min(starts)
+    alone = results[0][1]
+    # Nobody else to wait for.
+    assert alone.bubble == alone.exposed_communication == 0
+    assert {category for _, category, _, _ in alone.spans} == {COMPUTE, OPTIMIZER}
