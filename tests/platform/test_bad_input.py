@@ -18,6 +18,7 @@ from dualray.platform.events import EventLog
 from dualray.platform.folder import RunFolder
 from dualray.platform.metrics import MetricsLog
 from dualray.platform.run_file import load_run_file, to_mapping
+from dualray.platform.scheduling.choice import start_of
 from dualray.platform.training import Training
 
 
@@ -79,7 +80,10 @@ def trained(run_file: Path, *, step: int = 4) -> RunFolder:
     folder.create(to_mapping(run))
     dataset = TokenDataset.open(run.data.path)
     with MetricsLog.create(folder.metrics) as log:
-        Training(run, OneTensor(), folder, EventLog(), log, dataset=dataset, first_step=step).save()
+        start = start_of(run.layout, run.phases()[0], None)
+        Training(
+            run, OneTensor(), folder, EventLog(), log, dataset=dataset, first_step=step, start=start
+        ).save()
     return folder
 
 

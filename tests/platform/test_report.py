@@ -257,6 +257,13 @@ def test_timeline_ends_with_the_step():
     )
 
 
+def test_a_trace_of_a_checkpoint_alone_is_no_timeline(tmp_path):
+    folder = bare_run(tmp_path / "a")
+    late = Span(0, "write checkpoint", Category.CHECKPOINT, 60.0, 61.0)
+    write_trace(folder / "trace.json", Trace((late,)))
+    assert page_of(folder).headings == []
+
+
 def test_timeline_names_unknown_work_and_foreign_ranks():
     spans = (Span(rank=5, name="eval", category="compute", start_s=0.0, end_s=60.0),)
     svg = timeline_figure(Trace(spans=spans), Layout(pipeline=2))

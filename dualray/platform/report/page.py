@@ -55,7 +55,7 @@ def _sections(run: RunRecord) -> Iterator[str]:
         )
     if any(step.loads for step in steps):
         yield _experts(metrics)
-    if run.trace is not None:
+    if run.trace is not None and timeline.step_spans(run.trace):
         yield _pipeline(run)
     if steps:
         yield _speed(run)
