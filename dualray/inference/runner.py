@@ -172,9 +172,9 @@ class PipelineTransport:
 class StepRunner:
     """One worker's walk through a step.
 
-    `stages[direction]` is the stage that this worker applies to that direction. Its requests entered
-    in direction `entries[direction]` and belong to that: another one on the way back of a V, by
-    default the same.
+    `stages[direction]` is the stage that this worker applies to that direction. Its requests
+    entered in direction `entries[direction]` and belong to that: another one on the way back of a
+    V, by default the same.
     """
 
     def __init__(

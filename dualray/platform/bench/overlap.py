@@ -31,7 +31,7 @@ from dualray.parallel.executor import Executor
 from dualray.parallel.groups import Groups, join
 from dualray.parallel.held import HeldStages
 from dualray.parallel.layout import Layout
-from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
+from dualray.parallel.micro_batch import MicroBatch, Objective
 from dualray.parallel.p2p import PipelineLinks
 from dualray.parallel.placement import contiguous_placement
 from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
@@ -151,13 +151,13 @@ class _Worker:
             overlapped=overlapped,
         )
 
-    def walk(self, name: str) -> tuple[float, StepSums]:
+    def walk(self, name: str) -> float:
         """Seconds from a common start to this rank's end."""
         self.gradients.zero_()
         dist.barrier(self.groups.world)
         started = time.perf_counter()
-        sums = self.executors[name].run(self.schedule, self.batches, self.objective)
-        return time.perf_counter() - started, sums
+        self.executors[name].run(self.schedule, self.batches, self.objective)
+        return time.perf_counter() - started
 
 
 def _batches(case: OverlapCase, schedule: Schedule, seed: int) -> dict[tuple[int, int], MicroBatch]:
@@ -180,16 +180,14 @@ def _batches(case: OverlapCase, schedule: Schedule, seed: int) -> dict[tuple[int
 
 
 def measure_rank(member: Member, case: OverlapCase) -> dict[str, list[float]]:
-    """Seconds of every timed walk, and of waiting within the overlapped ones."""
+    """Seconds of every timed walk."""
     worker = _Worker(member, case)
-    seconds: dict[str, list[float]] = {name: [] for name in (*WALKS, "exposed")}
+    seconds: dict[str, list[float]] = {name: [] for name in WALKS}
     for number in range(case.repeats + 1):
         for name in WALKS:
-            took, sums = worker.walk(name)
+            took = worker.walk(name)
             if number:  # the first round warms up
                 seconds[name].append(took)
-                if name == "overlapped":
-                    seconds["exposed"].append(sums.exposed_s)
     for executor in worker.executors.values():
         executor.close()
     return seconds
