@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,14 +22,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dualray.parallel.groups import Group
+from dualray.parallel.overlap import Arrival
 from dualray.parallel.spans import COMMUNICATION, WAITING, Spans
+
+Meanwhile = Callable[[Arrival | None], None]
+"""Does other work until a message is here, or for a while if nobody can say when it is."""
 
 
 class Exchange:
     """Sends rows over groups, all to all; a worker's dispatches share one."""
 
     def __init__(self) -> None:
-        self.meanwhile: Callable[[], None] | None = None
+        self.meanwhile: Meanwhile | None = None
         """Called while a message travels. It may do anything but exchange over the same group.
         None waits at once."""
         self.spans: Spans | None = None
@@ -49,16 +54,21 @@ class Exchange:
     def start_counts(self, counts: Tensor, group: Group) -> Callable[[], Tensor]:
         """Swap int64 counts, equally many with every rank; what is returned waits for theirs."""
         theirs = torch.empty_like(counts)
-        work = dist.all_to_all_single(theirs, counts, group=group, async_op=True)
-        assert work is not None
+        each = [counts.numel() // group.size()] * group.size()
+        journey = self._start(theirs, counts, each, each, group)
 
         def wait() -> Tensor:
-            waits = time.perf_counter()
-            work.wait()
-            self._note_wait("counts", waits)
+            self._finish(journey, "counts")
             return theirs
 
         return wait
+
+    def note_wait(self, since: float, name: str = "rows") -> None:
+        """Somebody has waited for a message since then (time.perf_counter), without other work."""
+        now = time.perf_counter()
+        self.waited_s += now - since
+        if self.spans is not None:
+            self.spans.add(name, WAITING, since, now)
 
     def close(self) -> None:
         """End the couriers."""
@@ -71,39 +81,44 @@ class Exchange:
     ) -> Tensor:
         out = rows.new_empty(sum(receive), *rows.shape[1:])
         started = time.perf_counter()
-        arrival = self._start(out, rows.contiguous(), receive, send, group)
-        if self.meanwhile is not None:
-            self.meanwhile()
-        waits = time.perf_counter()
-        arrived = arrival()
-        self._note_wait(name, waits)
+        journey = self._start(out, rows.contiguous(), receive, send, group)
+        arrived = self._finish(journey, name)
         if self.spans is not None:
             self.spans.add(name, COMMUNICATION, started, arrived)
         return out
 
-    def _note_wait(self, name: str, since: float) -> None:
-        now = time.perf_counter()
-        self.waited_s += now - since
-        if self.spans is not None:
-            self.spans.add(name, WAITING, since, now)
+    def _finish(self, journey: _Journey, name: str) -> float:
+        """Do other work until a message is here; says when it was."""
+        if self.meanwhile is not None:
+            self.meanwhile(journey.arrival)
+        since = time.perf_counter()
+        arrived = journey.wait()
+        self.note_wait(since, name)
+        return arrived
 
     def _start(
         self, out: Tensor, rows: Tensor, receive: list[int], send: list[int], group: Group
-    ) -> Callable[[], float]:
-        """What is returned waits for the message and says when it was here.
-
-        For a GPU that is when its stream was told to wait.
-        """
+    ) -> _Journey:
         if rows.is_cuda:
             work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
             assert work is not None
-            return lambda: (work.wait(), time.perf_counter())[1]
+            return _Journey(wait=lambda: (work.wait(), time.perf_counter())[1], arrival=None)
         swap = (out.split(receive), rows.detach().split(send), group)
         if self.meanwhile is None:
-            return lambda: _swap(*swap)
+            return _Journey(wait=lambda: _swap(*swap), arrival=None)
         if group not in self._couriers:
             self._couriers[group] = ThreadPoolExecutor(1, thread_name_prefix="courier")
-        return self._couriers[group].submit(_swap, *swap).result
+        arrival = self._couriers[group].submit(_swap, *swap)
+        return _Journey(wait=arrival.result, arrival=arrival)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Journey:
+    """A message on its way."""
+
+    wait: Callable[[], float]
+    """Waits for it and says when it was here; for a GPU, when its stream was told to wait."""
+    arrival: Arrival | None
 
 
 @torch.no_grad()

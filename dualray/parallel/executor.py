@@ -24,7 +24,7 @@ from dualray.model.stage import Losses
 from dualray.parallel.exchange import Exchange
 from dualray.parallel.groups import BACKWARD, FORWARD
 from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
-from dualray.parallel.overlap import Strands
+from dualray.parallel.overlap import Arrival, Strands
 from dualray.parallel.p2p import Incoming, PipelineLinks
 from dualray.parallel.spans import COMPUTE, WAITING
 from dualray.parallel.walkable import Walkable, WalkableStage
@@ -106,10 +106,15 @@ class Executor:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
-    def _meanwhile(self) -> None:
-        """While rows travel: what this strand has put off, then the other strand."""
+    def _meanwhile(self, arrival: Arrival | None) -> None:
+        """While rows travel: the other strand, and weight gradients that have been put off."""
         assert self._strands is not None
-        self._weight_grads.run_held()
+        assert self._exchange is not None
+        if arrival is not None:
+            self._strands.wait(arrival, self._weight_grads.run_held, self._exchange.note_wait)
+            return
+        while self._weight_grads.run_held():
+            pass
         self._strands.hand_over()
 
 

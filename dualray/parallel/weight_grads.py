@@ -54,14 +54,17 @@ class WeightGrads:
         self._held = deque()
         try:
             yield
-            self.run_held()
+            while self.run_held():
+                pass
         finally:
             self._held = None
 
-    def run_held(self) -> None:
-        """Do the weight gradients that a backward in progress holds, if there are any."""
-        while self._held:
-            _run(*self._held.popleft())
+    def run_held(self) -> bool:
+        """Do the first weight gradient that a backward holds; False if there is none."""
+        if not self._held:
+            return False
+        _run(*self._held.popleft())
+        return True
 
     def run_oldest(self) -> None:
         """Do the weight gradients that have waited longest."""

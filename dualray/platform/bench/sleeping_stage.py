@@ -138,7 +138,7 @@ class SleepingStage(nn.Module):
     def _journey(self) -> None:
         arrives_s = self.clock.now_s + self.layer.journey_s
         if self.exchange.meanwhile is not None:
-            self.exchange.meanwhile()
+            self.exchange.meanwhile(None)
         self.clock.until(arrives_s)
 
 
