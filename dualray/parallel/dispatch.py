@@ -19,7 +19,7 @@ from dualray.kernels.grouped_gemm import row_multiple
 from dualray.kernels.permute import permute, replicate, sort_by_key
 from dualray.model.context import Dispatched, Routing
 from dualray.parallel.exchange import Exchange
-from dualray.parallel.groups import Group
+from dualray.parallel.groups import Ways
 from dualray.parallel.placement import ExpertPlacement
 
 
@@ -42,12 +42,12 @@ class AllToAllDispatch:
     """
 
     def __init__(
-        self, placement: ExpertPlacement, group: Group, device: torch.device, exchange: Exchange
+        self, placement: ExpertPlacement, ways: Ways, device: torch.device, exchange: Exchange
     ) -> None:
         self._placement = placement
-        self._group = group
+        self._ways = ways
         self._exchange = exchange
-        self._num_ranks = group.size()
+        self._num_ranks = ways.rows.size()
         self._home_E = {
             layer: torch.tensor(placement.home_slots(layer), device=device)
             for layer in placement.held
@@ -57,12 +57,12 @@ class AllToAllDispatch:
         ranks, slots = self._num_ranks, self._placement.slots_per_rank(layer)
         key_N = self._home_E[layer][routing.experts_TK].flatten()
         order_N, inverse_N, counts = sort_by_key(key_N, ranks * slots)
-        counted = self._exchange.start_counts(counts, self._group)
+        counted = self._exchange.start_counts(counts, self._ways.rows)
         rows_ND = replicate(x_TD, order_N, inverse_N)
         send = counts.view(ranks, slots).sum(1).tolist()
         received = counted()
         receive = received.view(ranks, slots).sum(1).tolist()
-        rows_MD = self._exchange(rows_ND, receive, send, self._group, f"dispatch {layer}")
+        rows_MD = self._exchange(rows_ND, receive, send, self._ways, f"dispatch {layer}")
         slot_of_run = torch.arange(slots, device=x_TD.device).repeat(ranks)
         slot_M = torch.repeat_interleave(slot_of_run, received, output_size=sum(receive))
         order, inverse_M, rows = sort_by_key(
@@ -87,5 +87,5 @@ class AllToAllDispatch:
         way: _WayBack = dispatched.state
         arrived = permute(y_ND, way.inverse_M, way.order)
         name = f"combine {way.layer}"
-        rows_ND = self._exchange(arrived, way.send, way.receive, self._group, name)
+        rows_ND = self._exchange(arrived, way.send, way.receive, self._ways, name)
         return combine(rows_ND, way.gates_TK, way.order_N, way.inverse_N)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dualray.parallel.groups import Group
+from dualray.parallel.groups import Group, Ways
 from dualray.parallel.overlap import Arrival
 from dualray.parallel.spans import COMMUNICATION, WAITING, Spans
 
@@ -43,13 +43,13 @@ class Exchange:
         self._couriers: dict[Group, ThreadPoolExecutor] = {}
 
     def __call__(
-        self, rows: Tensor, receive: list[int], send: list[int], group: Group, name: str
+        self, rows: Tensor, receive: list[int], send: list[int], ways: Ways, name: str
     ) -> Tensor:
         """`send[r]` of the rows to rank r of the group, `receive[r]` from it, in rank order.
 
         Differentiable: gradients go the same way back. `name` says in timelines what travels.
         """
-        return _AllToAll.apply(rows, receive, send, group, name, self)
+        return _AllToAll.apply(rows, receive, send, ways, name, self)
 
     def start_counts(self, counts: Tensor, group: Group) -> Callable[[], Tensor]:
         """Swap int64 counts, equally many with every rank; what is returned waits for theirs."""
@@ -148,13 +148,13 @@ class _AllToAll(torch.autograd.Function):
         rows: Tensor,
         receive: list[int],
         send: list[int],
-        group: Group,
+        ways: Ways,
         name: str,
         exchange: Exchange,
     ) -> Tensor:
-        ctx.receive, ctx.send, ctx.group = receive, send, group
+        ctx.receive, ctx.send, ctx.group = receive, send, ways.gradients
         ctx.name, ctx.exchange = name, exchange
-        return exchange._all_to_all(rows, receive, send, group, name)
+        return exchange._all_to_all(rows, receive, send, ways.rows, name)
 
     @staticmethod
     @once_differentiable

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,16 +22,14 @@ from dualray.model.recompute import Recompute
 from dualray.model.stage import Losses
 from dualray.parallel.exchange import Exchange
 from dualray.parallel.groups import BACKWARD, FORWARD
+from dualray.parallel.inbox import Inbox
 from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
 from dualray.parallel.overlap import Arrival, Strands
-from dualray.parallel.p2p import Incoming, PipelineLinks
-from dualray.parallel.spans import COMPUTE, WAITING
+from dualray.parallel.p2p import PipelineLinks
+from dualray.parallel.spans import COMPUTE
 from dualray.parallel.walkable import Walkable, WalkableStage
 from dualray.parallel.weight_grads import WeightGrads
-from dualray.schedule.actions import Action, Kind, Overlap, Schedule, Step, flatten
-
-_Message = tuple[str, int, int]
-"""(kind, direction of who receives it, micro-batch)."""
+from dualray.schedule.actions import Action, Kind, Overlap, Schedule, flatten
 
 
 @dataclass(kw_only=True)
@@ -138,11 +135,18 @@ class _Walk:
         self.waits_for_device = timed and executor._device.type == "cuda"
         self.sums = StepSums()
         self.live: dict[tuple[int, int], _Live] = {}
-        self.incoming: dict[_Message, Incoming] = {}
-        self.arrived: dict[_Message, Tensor] = {}
-        """Those that are here, from this rank itself too, where a V turns."""
         self.steps = schedule.steps[executor._rank]
         self.trains = any(action.kind is not Kind.FORWARD for action in flatten(self.steps))
+        self.inbox = Inbox(
+            executor._links,
+            schedule,
+            executor._rank,
+            lambda direction, index: micro_batches[direction, index].positions_T.numel(),
+            width=executor._held.hidden_size,
+            dtype=executor._dtype,
+            device=executor._device,
+            spans=self.sums.spans,
+        )
 
     def run(self) -> StepSums:
         links, exchange, sums = self.e._links, self.e._exchange, self.sums
@@ -153,15 +157,13 @@ class _Walk:
                 exchange.meanwhile = self.e._meanwhile
         started = time.perf_counter()
         with torch.set_grad_enabled(self.trains):
-            for step in self.steps[:1]:
-                self._post(step)
-            for number, step in enumerate(self.steps, start=1):
-                for following in self.steps[number : number + 1]:
-                    self._post(following)
-                self._run(step)
+            number = 0
+            while number < len(self.steps):
+                self._receive(number)
+                number = self._run(number)
             links.drain()
         assert not self.live, "a micro-batch has no backward"
-        assert not self.incoming | self.arrived, "a message was never taken"
+        assert self.inbox.is_empty, "a message was never taken"
         assert not len(self.e._weight_grads), "weight gradients are left"
         sums.elapsed_s = time.perf_counter() - started
         sums.waited_s = links.waited_s
@@ -170,22 +172,25 @@ class _Walk:
             exchange.meanwhile = None
         return sums
 
-    def _run(self, step: Step) -> None:
-        for action in flatten((step,)):
-            if (message := _input_of(action)) in self.incoming:
-                with self.sums.spans.noted(f"input of {action}", WAITING):
-                    self.arrived[message] = self.e._links.wait(self.incoming.pop(message))
-        if isinstance(step, Overlap) and self.e._strands is not None:
+    def _receive(self, number: int) -> None:
+        """Wait for what step `number` needs, with room made for what the next one does."""
+        self.inbox.post(number + 1)
+        self.inbox.wait(number)
+
+    def _run(self, number: int) -> int:
+        """Run step `number`, and pairs that follow a pair in time; returns the step behind."""
+        step, strands = self.steps[number], self.e._strands
+        if isinstance(step, Overlap) and strands is not None:
+            pairs = _Pairs(self, number)
             # The backward begins: its first message leaves after the least work, and the
             # forward's attention hides it.
-            begin = self._now()
-            self.e._strands.run(partial(self._do, step.backward), partial(self._do, step.forward))
-            self.sums.spans.add(str(step), COMPUTE, begin, self._now())
-            return
+            strands.run(pairs.backwards, pairs.forwards)
+            return pairs.end()
         for action in flatten((step,)):
             begin = self._now()
             self._do(action)
             self.sums.spans.add(str(action), COMPUTE, begin, self._now())
+        return number + 1
 
     def _now(self) -> float:
         if self.waits_for_device:
@@ -217,7 +222,7 @@ class _Walk:
             weight_grads=self.e._weight_grads if self.trains else None,
             balance_scale=self.objective.balance if self.trains else 0.0,
             loads=self.sums.loads if self.trains else None,
-            tape=self.tapes.get((action.direction, action.micro_batch)),
+            tape=self.tapes.get(_key(action)),
             recompute=Recompute() if self.trains and self.e._recompute else None,
         )
 
@@ -225,15 +230,15 @@ class _Walk:
         return self.e._held.stages[self.schedule.stage_of[self.e._rank][action.direction]]
 
     def _forward(self, action: Action) -> None:
-        key = (action.direction, action.micro_batch)
+        key = _key(action)
         batch = self.micro_batches[key]
         ctx = self._context(action, batch)
         stage = self._stage(action)
-        if self._source(action) is None:
+        if self.inbox.source(action) is None:
             assert batch.ids_T is not None
             x_TD = stage.embed(batch.ids_T, ctx)
         else:
-            x_TD = self.arrived.pop(_input_of(action))
+            x_TD = self.inbox.take(action)
             x_TD.requires_grad_(self.trains)
         y_TD = stage(x_TD, ctx)
         sink = self.schedule.downstream(self.e._rank, action.direction)
@@ -243,7 +248,7 @@ class _Walk:
             self._add(losses)
             outputs = [self.objective.of(losses)]
         else:
-            self._send(FORWARD, action, y_TD, sink)
+            self.inbox.send(FORWARD, action.micro_batch, y_TD, sink)
             outputs = [y_TD]
         if not self.trains:
             return
@@ -254,43 +259,15 @@ class _Walk:
         self.live[key] = _Live(x_TD=x_TD, outputs=outputs, is_last=sink is None)
 
     def _backward(self, action: Action) -> None:
-        live = self.live.pop((action.direction, action.micro_batch))
+        live = self.live.pop(_key(action))
         gradients: list[Tensor | None] = [None] * len(live.outputs)
         if not live.is_last:
-            gradients[0] = self.arrived.pop(_input_of(action))
+            gradients[0] = self.inbox.take(action)
         torch.autograd.backward(live.outputs, gradients)
         sink = self.schedule.upstream(self.e._rank, action.direction)
         if sink is not None:
             assert live.x_TD.grad is not None
-            self._send(BACKWARD, action, live.x_TD.grad, sink)
-
-    def _source(self, action: Action) -> tuple[int, int] | None:
-        """Where an action's input comes from: (rank, direction); None if from no other stage."""
-        if action.kind is Kind.WEIGHT_GRAD:
-            return None
-        forward = action.kind is Kind.FORWARD
-        neighbour = self.schedule.upstream if forward else self.schedule.downstream
-        return neighbour(self.e._rank, action.direction)
-
-    def _post(self, step: Step) -> None:
-        """Make room for the messages that a step needs."""
-        for action in flatten((step,)):
-            source = self._source(action)
-            if source is None or source[0] == self.e._rank:
-                continue
-            kind, direction, micro_batch = message = _input_of(action)
-            positions_T = self.micro_batches[direction, micro_batch].positions_T
-            shape = (positions_T.numel(), self.e._held.hidden_size)
-            self.incoming[message] = self.e._links.post(
-                kind, direction, shape, self.e._dtype, self.e._device, source[0]
-            )
-
-    def _send(self, kind: str, action: Action, tensor: Tensor, sink: tuple[int, int]) -> None:
-        rank, direction = sink
-        if rank == self.e._rank:
-            self.arrived[kind, direction, action.micro_batch] = tensor.detach()
-        else:
-            self.e._links.send(kind, direction, tensor, rank)
+            self.inbox.send(BACKWARD, action.micro_batch, live.x_TD.grad, sink)
 
     def _add(self, losses: Losses) -> None:
         self.sums.main += float(losses.main.detach())
@@ -300,6 +277,66 @@ class _Walk:
             self.sums.mtp[depth] += float(loss.detach())
 
 
-def _input_of(action: Action) -> _Message:
-    kind = FORWARD if action.kind is Kind.FORWARD else BACKWARD
-    return kind, action.direction, action.micro_batch
+def _key(action: Action) -> tuple[int, int]:
+    return action.direction, action.micro_batch
+
+
+class _Pairs:
+    """Adjacent pairs in two strands, a forward and a backward at a time.
+
+    When a backward has ended before its forward, the next pair's may begin if everything that
+    pair receives is here: so the forward's last exchange, and the first of the next backward,
+    are not waited for. No forward begins before the backward of the pair before it has ended,
+    which would be one live micro-batch too many.
+    """
+
+    def __init__(self, walk: _Walk, first: int) -> None:
+        self._walk = walk
+        self._first = self._last = first
+        """The first and last pair that have begun."""
+        self._forwards_end = False
+        self._begin = walk._now()
+
+    def backwards(self) -> None:
+        number = self._first
+        while True:
+            self._walk._do(self._pair(number).backward)
+            number += 1
+            if self._forwards_end or not self._may_begin(number):
+                return
+            self._walk._receive(number)
+            self._last = number
+
+    def forwards(self) -> None:
+        number = self._first
+        while True:
+            self._walk._do(self._pair(number).forward)
+            if number == self._last:
+                self._forwards_end = True
+                return
+            self._note(number)
+            number += 1
+
+    def end(self) -> int:
+        """Both strands have ended; the step behind the last pair."""
+        self._note(self._last)
+        return self._last + 1
+
+    def _pair(self, number: int) -> Overlap:
+        pair = self._walk.steps[number]
+        assert isinstance(pair, Overlap)
+        return pair
+
+    def _may_begin(self, number: int) -> bool:
+        """Whether there is such a pair, with all it receives, and not the backward of the very
+        micro-batch whose forward is under way."""
+        if number == len(self._walk.steps) or not self._walk.inbox.is_ready(number):
+            return False
+        step = self._walk.steps[number]
+        return isinstance(step, Overlap) and _key(step.backward) in self._walk.live
+
+    def _note(self, number: int) -> None:
+        """A pair's time begins where that of the one before ends, though they overlap."""
+        now = self._walk._now()
+        self._walk.sums.spans.add(str(self._pair(number)), COMPUTE, self._begin, now)
+        self._begin = now

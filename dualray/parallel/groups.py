@@ -30,13 +30,22 @@ class Rendezvous:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ways:
+    """Two groups of the same ranks: what forwards send, and what backwards do, keep apart."""
+
+    rows: Group
+    gradients: Group
+
+
+@dataclass(frozen=True, kw_only=True)
 class Groups:
     """The groups of one worker.
 
     `channels[kind, direction]` carries activations (F) or gradients (B) of one direction
     along the pipeline: messages between two ranks on a channel flow one way, in order of
     micro-batches, so a sender can never wait for a receiver that waits for it.
-    `dispatch[direction]` joins the expert ranks of a stage. `dense` holds every copy of the
+    `dispatch[direction]` joins the expert ranks of a stage: a forward and the backward of
+    another micro-batch may be under way in one direction. `dense` holds every copy of the
     worker's dense parameters, `expert` every copy of its routed experts, `embedding` (only
     where the last stage has its own copy) every copy of the embedding.
     """
@@ -44,7 +53,7 @@ class Groups:
     world: Group
     channels: dict[tuple[str, int], Group]
     pipeline_ranks: tuple[int, ...]
-    dispatch: tuple[Group, ...]
+    dispatch: tuple[Ways, ...]
     dense: Group
     dense_ranks: tuple[int, ...]
     expert: Group
@@ -120,7 +129,7 @@ def join(
         world=dist.group.WORLD,
         channels={(k, d): group(pipeline) for k in (FORWARD, BACKWARD) for d in directions},
         pipeline_ranks=pipeline,
-        dispatch=tuple(group(siblings) for _ in directions),
+        dispatch=tuple(Ways(rows=group(siblings), gradients=group(siblings)) for _ in directions),
         dense=group(dense),
         dense_ranks=dense,
         expert=group(experts),

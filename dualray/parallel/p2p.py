@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,12 @@ class Incoming:
 
     tensor: Tensor
     work: dist.Work
+    arrival: Future[Any] | None
+    """Done when it is here; None on a GPU, where only its stream knows."""
+
+    @property
+    def is_here(self) -> bool:
+        return self.arrival is not None and self.arrival.done()
 
 
 class PipelineLinks:
@@ -35,6 +43,8 @@ class PipelineLinks:
         self._channels = channels
         self._ranks = pipeline_ranks
         self._in_flight: deque[tuple[dist.Work, Tensor]] = deque()
+        # One for each message that may be awaited at a time: two steps' of a pair each.
+        self._watchers = ThreadPoolExecutor(4, thread_name_prefix="watcher")
         self.waited_s = 0.0
         """Seconds spent waiting for others; the executor sets it to 0 before each walk."""
 
@@ -63,14 +73,23 @@ class PipelineLinks:
         tensor = torch.empty(shape, dtype=dtype, device=device)
         work = dist.irecv(tensor, self._ranks[source], group=self._channels[kind, direction])
         assert work is not None
-        return Incoming(tensor=tensor, work=work)
+        # gloo says of no receive that it is done before somebody waits for it.
+        arrival = None if tensor.is_cuda else self._watchers.submit(work.wait)
+        return Incoming(tensor=tensor, work=work, arrival=arrival)
 
     def wait(self, incoming: Incoming) -> Tensor:
         """The message, when it is here."""
         started = time.perf_counter()
-        incoming.work.wait()
+        if incoming.arrival is None:
+            incoming.work.wait()
+        else:
+            incoming.arrival.result()
         self.waited_s += time.perf_counter() - started
         return incoming.tensor
+
+    def close(self) -> None:
+        """End the threads that watch messages."""
+        self._watchers.shutdown()
 
     def drain(self) -> None:
         """Wait until everything sent has left."""

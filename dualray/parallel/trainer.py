@@ -25,7 +25,7 @@ from dualray.parallel.batches import Slicer, TokenSource
 from dualray.parallel.dispatch import AllToAllDispatch
 from dualray.parallel.exchange import Exchange
 from dualray.parallel.executor import Executor
-from dualray.parallel.groups import Group, Groups, Rendezvous, join, leave
+from dualray.parallel.groups import Groups, Rendezvous, Ways, join, leave
 from dualray.parallel.held import EMBEDDING, HeldStages
 from dualray.parallel.layout import Layout
 from dualray.parallel.lr import lr_at
@@ -118,7 +118,7 @@ class Trainer:
         self.optimizer = make_optimizer(param_groups, train.optimizer_config())
         exchange = Exchange()
         self.dispatches: list[ExpertDispatch] = [
-            self._dispatch(group, exchange) for group in self.groups.dispatch
+            self._dispatch(ways, exchange) for ways in self.groups.dispatch
         ]
         self.links = PipelineLinks(self.groups.channels, self.groups.pipeline_ranks)
         self.executor = Executor(
@@ -159,10 +159,10 @@ class Trainer:
             device=self.device,
         )
 
-    def _dispatch(self, group: Group, exchange: Exchange) -> ExpertDispatch:
+    def _dispatch(self, ways: Ways, exchange: Exchange) -> ExpertDispatch:
         if self.layout.experts == 1:
             return LocalDispatch(self.model.n_routed_experts)
-        return AllToAllDispatch(self.placement, group, self.device, exchange)
+        return AllToAllDispatch(self.placement, ways, self.device, exchange)
 
     def step(self, step: int, source: TokenSource, *, timed: bool = False) -> StepResult:
         """Optimizer step number `step`, counted from 0. A collective over the world.
@@ -272,6 +272,7 @@ class Trainer:
     def close(self) -> None:
         """Let go of optimizer, threads and process groups; weights stay."""
         self.executor.close()
+        self.links.close()
         self.optimizer.close()
         leave()
 

@@ -15,6 +15,7 @@ from dualray.model.context import Routing
 from dualray.parallel import dispatch as module
 from dualray.parallel.dispatch import AllToAllDispatch
 from dualray.parallel.exchange import Exchange
+from dualray.parallel.groups import Ways
 from dualray.parallel.placement import contiguous_placement
 
 RANKS = 2
@@ -39,11 +40,12 @@ def _there_and_back(rank: int, port: int) -> list[list[np.ndarray]]:
     dy = torch.randn(x.shape, generator=generator)
     group = dist.group.WORLD
     assert group is not None
+    ways = Ways(rows=group, gradients=group)
     placement = contiguous_placement(config, RANKS)
     results = []
     for multiple in (1, 4):
         with mock.patch.object(module, "row_multiple", lambda *_, multiple=multiple: multiple):
-            own = AllToAllDispatch(placement, group, torch.device("cpu"), Exchange())
+            own = AllToAllDispatch(placement, ways, torch.device("cpu"), Exchange())
             dispatched = own.dispatch(LAYER, x, routing)
         assert all(end % multiple == 0 for end in dispatched.offsets.tolist())
         slot = torch.bucketize(

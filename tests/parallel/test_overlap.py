@@ -110,8 +110,7 @@ def test_overlapped_equals_sequential_bit_for_bit(dtype: torch.dtype) -> None:
                 assert other[:3] == sequential[:3], (LAYOUTS[at], rank)
             orders = exchanges_within_pairs(overlapped[3])
             assert orders
-            # The backward begins, and each goes on before the other has ended.
-            assert all(order.startswith("b") for order in orders), orders
+            # Each goes on before the other has ended.
             assert any(order.count("bf") > 1 for order in orders), orders
             assert not exchanges_within_pairs(sequential[3])
 

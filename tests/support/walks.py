@@ -90,10 +90,10 @@ def make_walker(
         attach_main_grads([held.embedding_copy.weight])
     exchange = Exchange()
     dispatches = [
-        AllToAllDispatch(placement, group, CPU, exchange)
+        AllToAllDispatch(placement, ways, CPU, exchange)
         if layout.experts > 1
         else LocalDispatch(config.n_routed_experts)
-        for group in groups.dispatch
+        for ways in groups.dispatch
     ]
     executor = Executor(
         held,

@@ -145,7 +145,7 @@ class _Worker:
             self.held,
             0,
             PipelineLinks(groups.channels, groups.pipeline_ranks),
-            [AllToAllDispatch(self.placement, group, _CPU, exchange) for group in groups.dispatch],
+            [AllToAllDispatch(self.placement, ways, _CPU, exchange) for ways in groups.dispatch],
             WeightGrads(),
             exchange=exchange,
             overlapped=overlapped,
