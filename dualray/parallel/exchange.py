@@ -32,7 +32,9 @@ Meanwhile = Callable[[Arrival | None], None]
 class Exchange:
     """Sends rows over groups, all to all; a worker's dispatches share one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_couriers: bool = False) -> None:
+        """`has_couriers` lets threads of their own send, even if nothing is done meanwhile."""
+        self._has_couriers = has_couriers
         self.meanwhile: Meanwhile | None = None
         """Called while a message travels. It may do anything but exchange over the same group.
         None waits at once."""
@@ -104,7 +106,7 @@ class Exchange:
             assert work is not None
             return _Journey(wait=lambda: (work.wait(), time.perf_counter())[1], arrival=None)
         swap = (out.split(receive), rows.detach().split(send), group)
-        if self.meanwhile is None:
+        if self.meanwhile is None and not self._has_couriers:
             return _Journey(wait=lambda: _swap(*swap), arrival=None)
         if group not in self._couriers:
             self._couriers[group] = ThreadPoolExecutor(1, thread_name_prefix="courier")
