@@ -48,7 +48,7 @@ from dualray.schedule.make import make_schedule
 
 WALKS = ("floor", "sequential", "overlapped")
 _CPU = torch.device("cpu")
-_OVERHEAD = 1.25
+_OVERHEAD = 1.4
 """How much longer exchanges take than their bytes: headers, counts, and ranks not quite in step."""
 
 
