@@ -73,9 +73,9 @@ class Exchange:
             self.spans.add(name, WAITING, since, now)
 
     def close(self) -> None:
-        """End the couriers."""
+        """End the couriers, when what they still carry is here or lost."""
         for courier in self._couriers.values():
-            courier.shutdown()
+            courier.shutdown(wait=False, cancel_futures=True)
         self._couriers.clear()
 
     def _all_to_all(

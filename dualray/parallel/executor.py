@@ -3,8 +3,9 @@
 Receives are posted one step ahead, so that a message arrives while the step before it runs;
 sends follow the action that produced them. A full backward runs its weight gradients at once,
 an input-gradient backward queues them, a W runs the oldest queued batch. The two halves of an
-overlapped pair take turns wherever one of them exchanges rows with other expert ranks; without
-exchanges there is nothing to hide and they run one after the other.
+overlapped pair take turns wherever one of them exchanges rows with other expert ranks, and a
+pair's backward may begin before the forward of the pair before it has ended; without exchanges
+there is nothing to hide and halves run one after the other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,7 +74,7 @@ class Executor:
         self._dtype, self._device = parameter.dtype, parameter.device
         self._strands: Strands | None = None
         if exchange is not None and overlapped:
-            self._strands = Strands(self._prepare_thread)
+            self._strands = Strands(partial(_prepare_thread, self._device))
 
     def run(
         self,
@@ -93,15 +95,12 @@ class Executor:
         return walk.run()
 
     def close(self) -> None:
-        """End the threads that overlapped pairs use."""
+        """End the threads that move messages and those that overlapped pairs use."""
         if self._strands is not None:
             self._strands.close()
         if self._exchange is not None:
             self._exchange.close()
-
-    def _prepare_thread(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+        self._links.close()
 
     def _meanwhile(self, arrival: Arrival | None) -> None:
         """While rows travel: the other strand, and weight gradients that have been put off."""
@@ -113,6 +112,12 @@ class Executor:
         while self._weight_grads.run_held():
             pass
         self._strands.hand_over()
+
+
+def _prepare_thread(device: torch.device) -> None:
+    # No method: a pool of threads that held the executor would keep its weights from being freed.
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 class _Walk:
@@ -156,20 +161,23 @@ class _Walk:
             if self.trains and self.e._strands is not None:
                 exchange.meanwhile = self.e._meanwhile
         started = time.perf_counter()
-        with torch.set_grad_enabled(self.trains):
-            number = 0
-            while number < len(self.steps):
-                self._receive(number)
-                number = self._run(number)
-            links.drain()
+        try:
+            with torch.set_grad_enabled(self.trains):
+                number = 0
+                while number < len(self.steps):
+                    self._receive(number)
+                    number = self._run(number)
+                links.drain()
+        finally:
+            if exchange is not None:
+                exchange.meanwhile = exchange.spans = None
         assert not self.live, "a micro-batch has no backward"
         assert self.inbox.is_empty, "a message was never taken"
         assert not len(self.e._weight_grads), "weight gradients are left"
         sums.elapsed_s = time.perf_counter() - started
         sums.waited_s = links.waited_s
         if exchange is not None:
-            sums.exposed_s, exchange.spans = exchange.waited_s, None
-            exchange.meanwhile = None
+            sums.exposed_s = exchange.waited_s
         return sums
 
     def _receive(self, number: int) -> None:

@@ -1,7 +1,7 @@
 """Process groups of one worker: who it exchanges what with.
 
-A group is issued from exactly one thread, in the schedule's order; traffic that has its
-own order has its own group. Groups are formed anew by every `join` and cached nowhere.
+A group is issued by one thread at a time, in the schedule's order; traffic that has its own
+order has its own group. Groups are formed anew by every `join` and cached nowhere.
 """
 
 from __future__ import annotations

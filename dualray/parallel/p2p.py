@@ -1,8 +1,8 @@
 """Hidden states and their gradients between pipeline ranks.
 
-Sends never block: they are kept alive until they have left, and the executor drains them
-at the end of a step. A receive that is posted early lets its message arrive during other work.
-Shapes are known on both sides, so no sizes travel.
+Sends never block: what is sent is kept until it has left, which gloo tells only who waits: on CPUs
+that is the end of a step, when the executor drains the links. A receive that is posted early lets
+its message arrive during other work. Shapes are known on both sides, so no sizes travel.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class PipelineLinks:
         return incoming.tensor
 
     def close(self) -> None:
-        """End the threads that watch messages."""
-        self._watchers.shutdown()
+        """End the threads that watch messages, when those that still travel are here or lost."""
+        self._watchers.shutdown(wait=False, cancel_futures=True)
 
     def drain(self) -> None:
         """Wait until everything sent has left."""

@@ -272,7 +272,6 @@ class Trainer:
     def close(self) -> None:
         """Let go of optimizer, threads and process groups; weights stay."""
         self.executor.close()
-        self.links.close()
         self.optimizer.close()
         leave()
 

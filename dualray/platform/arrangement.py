@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dualray.actors.gang import Gang
+from dualray.errors import ConfigError
 from dualray.parallel.phases import Phase
 from dualray.parallel.spans import OPTIMIZER, SpanTuple
 from dualray.parallel.trainer import StepResult
-from dualray.platform.costs import measured_costs, measured_exchange
 from dualray.platform.run_file import RunFile
 from dualray.platform.scheduler import Decision, Observation, Scheduler
 from dualray.platform.scheduling.choice import (
@@ -29,7 +28,7 @@ from dualray.platform.scheduling.choice import (
     phase_with,
     remember,
 )
-from dualray.platform.timeline import walks_of
+from dualray.platform.timeline import step_costs, walks_of
 from dualray.schedule.actions import Schedule
 from dualray.schedule.make import make_schedule
 
@@ -66,13 +65,19 @@ class Arrangement:
         """What a checkpoint says, so that a resumed run goes on alike; None if all is pinned."""
         if self._scheduler is None:
             return None
-        return remember(self._scheduler.choice, decided=not self._scheduler.is_measuring)
+        decided = not self._scheduler.is_measuring
+        return remember(self._scheduler.choice, phase=self.phase.number, decided=decided)
 
-    def enter(self, phase: Phase) -> None:
-        """Go on with another phase. Its costs are others, so the scheduler begins anew."""
+    def enter(self, phase: Phase, steps_done: int, save: Save) -> None:
+        """Go on with another phase. Its costs are others, so the scheduler begins anew.
+
+        What was decided stays, unless the phase has too few micro-batches for it.
+        """
         self.phase = phase
-        own = choice_of(self.layout, phase)
-        self._order(replace(own, schedule=self._choice.schedule, layers=self._choice.layers))
+        try:
+            self._order(choice_of(self.layout, phase))
+        except ConfigError:
+            self._change(choice_of(self._run.layout.concrete, phase), steps_done, save)
         self._scheduler = self._new_scheduler(decided=False)
 
     def prepare(self) -> bool:
@@ -95,18 +100,14 @@ class Arrangement:
         return decision
 
     def _observed(self, spans: Sequence[Sequence[SpanTuple]]) -> Observation:
-        walks = walks_of(spans, self.layout)
-        times = [
-            [[(text, end - start) for text, start, end in walk] for walk in workers]
-            for workers in walks
-        ]
+        costs, exchange_s = step_costs(walks_of(spans, self.layout), self.schedule)
         after = [
             sum(end - start for _, category, start, end in own if category == OPTIMIZER)
             for own in spans
         ]
         return Observation(
-            costs=measured_costs(times, self.schedule),
-            exchange_s=measured_exchange(walks, self.schedule),
+            costs=costs,
+            exchange_s=exchange_s,
             # Who comes last to a sum waits least.
             optimizer_s=min(after),
         )

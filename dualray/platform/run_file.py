@@ -85,6 +85,12 @@ class RunFile:
         schedule = make_schedule(start.schedule, start.pipeline, self.train.micro_batches)
         split_layers(self.model.num_hidden_layers, schedule.num_stages, start.layers)
         contiguous_placement(self.model, self.layout.experts)
+        if not self.layout.is_open and self.scheduler != SchedulerConfig():
+            raise ConfigError(
+                f"section scheduler is given and layout.schedule is {self.layout.schedule}, which "
+                "leaves nothing to decide",
+                hint="set layout.schedule to auto, or remove section scheduler",
+            )
         if self.serve.compile_batch and self.layout.experts > 1:
             raise ConfigError(
                 f"serve.compile_batch is {self.serve.compile_batch} and layout.experts is "

@@ -7,7 +7,7 @@ what was measured, and the fastest that fits into memory is taken, if it gains e
 as before. Later steps are looked at now and then; when their costs have drifted from those that
 were decided by, all of it is done again.
 
-Decisions are data. Who moves weights and cuts batches is `platform/training.py`.
+Decisions are data. Who moves weights and cuts batches is `platform/arrangement.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dualray.platform.scheduling.candidates import (
 )
 from dualray.platform.scheduling.choice import Choice, Situation
 from dualray.platform.scheduling.layer_costs import Sized, parts_of
+from dualray.platform.scheduling.memory import worker_bytes
 from dualray.schedule.make import KINDS, make_schedule
 from dualray.schedule.simulate import Costs
 
@@ -180,9 +181,20 @@ class Scheduler:
     def _other_size(self) -> int | None:
         """Twice the micro-batch if the schedule allows so few of them, else half of it."""
         own, count = self.choice.micro_batch_size, self.choice.micro_batches
-        if count % 2 == 0 and _exists(self.choice.schedule, self._situation, count // 2):
+        if count % 2 == 0 and self._is_possible(self._with_size(2 * own)):
             return 2 * own
         return own // 2 if own % 2 == 0 else None
+
+    def _is_possible(self, choice: Choice) -> bool:
+        """Whether the schedule exists for so many micro-batches, and fits into memory."""
+        try:
+            schedule = make_schedule(
+                choice.schedule, self._situation.layout.pipeline, choice.micro_batches
+            )
+        except ConfigError:
+            return False
+        used = worker_bytes(choice, self._situation, schedule)
+        return used <= self._situation.memory_bytes
 
     def _with_size(self, size: int) -> Choice:
         sequences = self.choice.micro_batches * self.choice.micro_batch_size
@@ -268,11 +280,3 @@ def _shares(costs: Sequence[Costs]) -> list[float]:
     """
     each = [part for cost in costs for part in (cost.forward, cost.backward, cost.overlapped)]
     return [part / sum(each) for part in each]
-
-
-def _exists(kind: str, situation: Situation, micro_batches: int) -> bool:
-    try:
-        make_schedule(kind, situation.layout.pipeline, micro_batches)
-    except ConfigError:
-        return False
-    return True

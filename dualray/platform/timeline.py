@@ -13,7 +13,7 @@ from dualray.parallel.spans import COMPUTE, SpanTuple
 from dualray.platform.costs import StepSpan, measured_costs, measured_exchange
 from dualray.platform.trace import Category, Span, Trace
 from dualray.schedule.actions import Schedule
-from dualray.schedule.simulate import simulate
+from dualray.schedule.simulate import Costs, simulate
 
 
 def step_trace(
@@ -28,13 +28,8 @@ def step_trace(
     walks = walks_of(spans, layout)
     if not all(walk for workers in walks for walk in workers):
         return Trace(measured, step)
-    times = [
-        [[(text, end - start) for text, start, end in walk] for walk in workers]
-        for workers in walks
-    ]
-    timeline = simulate(
-        schedule, measured_costs(times, schedule), exchange=measured_exchange(walks, schedule)
-    )
+    costs, exchange_s = step_costs(walks, schedule)
+    timeline = simulate(schedule, costs, exchange=exchange_s)
     begin_s = min(start for workers in walks for walk in workers for _, start, _ in walk)
     simulated = tuple(
         Span(rank, str(what), Category.COMPUTE, begin_s + start, begin_s + end)
@@ -42,6 +37,17 @@ def step_trace(
         for what, start, end in row
     )
     return Trace(measured, step, simulated)
+
+
+def step_costs(
+    walks: Sequence[Sequence[Sequence[StepSpan]]], schedule: Schedule
+) -> tuple[tuple[Costs, ...], float]:
+    """What one step's walks cost each stage, and what a message between pipeline ranks took."""
+    times = [
+        [[(text, end - start) for text, start, end in walk] for walk in workers]
+        for workers in walks
+    ]
+    return measured_costs(times, schedule), measured_exchange(walks, schedule)
 
 
 def walks_of(spans: Sequence[Sequence[SpanTuple]], layout: Layout) -> list[list[list[StepSpan]]]:

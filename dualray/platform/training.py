@@ -73,10 +73,10 @@ class Training:
             step = self.steps_done + 1
             self._enter_phase_of(step)
             is_last = step == self._phase.end_step
-            started = time.perf_counter()
             evaluates = is_last or _due(step, train.eval_every)
             traces = evaluates or _due(step, train.trace_every)
             wants_costs = self.arrangement.prepare()
+            started = time.perf_counter()
             results = self._gang.call("step", step - 1, traces or wants_costs)
             elapsed = time.perf_counter() - started
             self.steps_done = step
@@ -90,10 +90,10 @@ class Training:
             metrics = self._metrics(results, step, elapsed, heldout)
             self._log.append(metrics)
             self._events.append(metrics)
+            if not is_last:
+                self._decide(results)  # first, so that a checkpoint of this step knows of it
             if is_last or _due(step, train.checkpoint_every):
                 self.save()
-            if not is_last:
-                self._decide(results)
         if self.last_checkpoint is None or self.last_checkpoint.name != f"step-{self.steps_done}":
             self.save()
 
@@ -101,7 +101,7 @@ class Training:
         """Tell the workers if step number `step`, counted from 1, begins another phase."""
         phase = phase_at(self._phases, step - 1)
         if phase is not self._phase:
-            self.arrangement.enter(phase)
+            self.arrangement.enter(phase, self.steps_done, self._saved)
             self._phase = phase
         if phase.number > 0 and step == phase.first_step + 1:
             train, context = phase.train, phase.model.max_position_embeddings

@@ -31,6 +31,7 @@ LAYOUTS = [
     Layout(pipeline=2, experts=1, replicas=2, schedule="dualpipe"),
     Layout(pipeline=1, experts=4, schedule="1f1b"),
     Layout(pipeline=2, experts=2, schedule="dualpipev"),
+    Layout(pipeline=1, experts=4, schedule="dualpipev"),
     Layout(pipeline=2, replicas=2, schedule="dualpipev", layers=(1, 2, 1, 1)),
     Layout(pipeline=4, schedule="zb1p", layers=(2, 1, 1, 1)),
     Layout(pipeline=2, experts=2, schedule="zb1p"),

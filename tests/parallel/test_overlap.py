@@ -25,6 +25,7 @@ MICRO_BATCHES = 12
 LAYOUTS = [
     Layout(pipeline=2, experts=2, schedule="dualpipe"),
     Layout(pipeline=2, experts=2, schedule="dualpipev"),
+    Layout(pipeline=1, experts=4, schedule="dualpipev"),
 ]
 MODES = [
     {"overlapped": False},

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualray.errors import ResourceError
 from dualray.model.config import ModelConfig
 from dualray.parallel.dispatch import AllToAllDispatch
 from dualray.parallel.exchange import Exchange
@@ -203,6 +204,18 @@ def _settle(rank: int) -> None:
         os.sched_setaffinity(thread, {cores[rank % len(cores)]})
 
 
+def _check_priorities() -> None:
+    """Raises ResourceError where no thread may have real-time priority: before minutes of work."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    except PermissionError as error:
+        raise ResourceError(
+            f"threads must be given real-time priority, which this system refuses ({error})",
+            hint="run as root with the capability CAP_SYS_NICE",
+        ) from None
+
+
 def _prefer_communication() -> None:
     """Give every thread that computes nothing real-time priority; all have started by now."""
     computing = {
@@ -221,6 +234,7 @@ def _threads() -> list[int]:
 def measure_rank(member: Member, case: OverlapCase) -> dict[str, list[float]]:
     """Seconds of every timed walk."""
     _settle(member.rank)
+    _check_priorities()
     worker = _Worker(member, case)
     seconds: dict[str, list[float]] = {name: [] for name in WALKS}
     for number in range(case.repeats + 1):

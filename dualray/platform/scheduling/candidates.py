@@ -21,6 +21,8 @@ from dualray.schedule.simulate import Costs, simulate
 
 _ROUNDS = 3
 """How often the cuts between stages are tried one layer to either side."""
+_REFINED = 3
+"""How many of the best candidates are worth that: each takes dozens of simulations."""
 _GRAIN = 1000
 """Steps into which the longest layer's time is divided, so that equal layers compare as equal."""
 
@@ -95,8 +97,15 @@ def rank(
                 continue
             if not cuts and schedule.num_stages != len(current.layers):
                 continue
-            found.append(_best_cut(choice, schedule, situation, measured, cuts=cuts))
-    return sorted(found, key=lambda each: (not each.fits, each.step_s))
+            found.append(_first_cut(choice, schedule, situation, measured, cuts=cuts))
+    found.sort(key=_worse)
+    if cuts:
+        found[:_REFINED] = [_refined(each, situation, measured) for each in found[:_REFINED]]
+    return sorted(found, key=_worse)
+
+
+def _worse(each: Forecast) -> tuple[bool, float]:
+    return not each.fits, each.step_s
 
 
 def _sizes(current: Choice, measured: Measured) -> Iterator[int]:
@@ -109,7 +118,7 @@ def _sizes(current: Choice, measured: Measured) -> Iterator[int]:
     yield from (size for size in range(1, largest + 1) if sequences % size == 0)
 
 
-def _best_cut(
+def _first_cut(
     choice: Choice, schedule: Schedule, situation: Situation, measured: Measured, *, cuts: bool
 ) -> Forecast:
     stages = schedule.num_stages
@@ -122,14 +131,18 @@ def _best_cut(
     options = [
         forecast(replace(choice, layers=cut), situation, measured) for cut in dict.fromkeys(starts)
     ]
-    best = min(options, key=lambda each: (not each.fits, each.step_s))
-    for _ in range(_ROUNDS if cuts else 0):
+    return min(options, key=_worse)
+
+
+def _refined(best: Forecast, situation: Situation, measured: Measured) -> Forecast:
+    """A candidate with its cuts moved a layer at a time, as long as that gains something."""
+    for _ in range(_ROUNDS):
         moved = [
-            forecast(replace(choice, layers=cut), situation, measured)
+            forecast(replace(best.choice, layers=cut), situation, measured)
             for cut in _moved(best.choice.layers)
         ]
-        better = min(moved, key=lambda each: (not each.fits, each.step_s), default=best)
-        if (not better.fits, better.step_s) >= (not best.fits, best.step_s):
+        better = min(moved, key=_worse, default=best)
+        if _worse(better) >= _worse(best):
             break
         best = better
     return best

@@ -81,24 +81,27 @@ class Start:
     """Whether the scheduler has decided so, and need not measure at once."""
 
 
-def remember(choice: Choice, *, decided: bool) -> dict[str, Any]:
-    """Plain data for a checkpoint; `start_of` takes it back."""
-    return asdict(choice) | {"decided": decided}
+def remember(choice: Choice, *, phase: int, decided: bool) -> dict[str, Any]:
+    """Plain data for a checkpoint; `start_of` takes it back. `phase` is the phase's number."""
+    return asdict(choice) | {"phase": phase, "decided": decided}
 
 
 def start_of(layout: Layout, phase: Phase, remembered: Mapping[str, Any] | None) -> Start:
     """How a run of this layout starts in `phase`.
 
     A layout that leaves the schedule open goes on with what a checkpoint remembers, as far as it
-    fits the layout and the phase.
+    fits the layout and the phase. Another phase is measured anew, as in a run that was not stopped.
     """
     own = choice_of(layout.concrete, phase)
     start = Start(layout=layout.concrete, choice=own, decided=False)
     if remembered is None or not layout.is_open:
         return start
     values = dict(remembered) | {"layers": tuple(remembered["layers"])}
-    decided = values.pop("decided")
+    decided = values.pop("decided") and values["phase"] == phase.number
+    del values["phase"]
     choice = Choice(**values)
+    if layout.layers and layout.layers != choice.layers:
+        return start
     if choice.micro_batches * choice.micro_batch_size != own.micro_batches * own.micro_batch_size:
         choice = replace(
             choice, micro_batch_size=own.micro_batch_size, micro_batches=own.micro_batches

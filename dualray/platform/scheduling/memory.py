@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dualray.platform.planning.holding import Held, copies, held_by_stage, shard
-from dualray.platform.planning.memory import activation_bytes
+from dualray.platform.planning.memory import RESERVED_SHARE, activation_bytes
 from dualray.platform.planning.precision import PRECISIONS
 from dualray.platform.planning.setting import Candidate
 from dualray.platform.scheduling.choice import Choice, Situation
@@ -12,10 +12,9 @@ from dualray.schedule.memory import peaks_of
 
 
 def worker_bytes(choice: Choice, situation: Situation, schedule: Schedule) -> float:
-    """Weights, gradients, optimizer shard and activations of the fullest worker.
+    """Weights, gradients, optimizer shard and activations of the fullest worker, and a reserve.
 
-    Activations are those of a run with `train.recompute`; without it they are more. float64 is
-    counted as twice float32.
+    float64 is counted as twice float32.
     """
     layout, model = situation.layout, situation.model
     wide = situation.dtype == "float64"
@@ -31,7 +30,12 @@ def worker_bytes(choice: Choice, situation: Situation, schedule: Schedule) -> fl
     )
     held = held_by_stage(model, candidate, schedule)
     tokens = choice.micro_batch_size * situation.seq_len
-    kept = activation_bytes(model, precision, choice.layers, tokens)
+    kept = [
+        planned + precision.activation_bytes * tokens * layers * _kept_besides(situation)
+        for planned, layers in zip(
+            activation_bytes(model, precision, choice.layers, tokens), choice.layers
+        )
+    ]
     peaks, shared = peaks_of(schedule.steps), copies(candidate, schedule)
     fullest = 0.0
     for pipeline_rank, stages in enumerate(schedule.stage_of):
@@ -43,4 +47,16 @@ def worker_bytes(choice: Choice, situation: Situation, schedule: Schedule) -> fl
             + precision.optimizer_bytes * shard(own, shared)
             + live * max(kept[stage] for stage in stages),
         )
-    return fullest * (2 if wide else 1)
+    return fullest * (2 if wide else 1) / (1 - RESERVED_SHARE)
+
+
+def _kept_besides(situation: Situation) -> int:
+    """Values a token and layer that are kept here and that the planner's formula has made again:
+    SwiGLU's output, and without `train.recompute` norms and heads."""
+    model = situation.model
+    used = model.num_experts_per_tok + model.n_shared_experts
+    swiglu = max(model.moe_intermediate_size * used, model.intermediate_size)
+    if situation.recompute:
+        return swiglu
+    heads = model.num_attention_heads * (2 * model.qk_head_dim + model.v_head_dim)
+    return swiglu + 2 * model.hidden_size + heads
