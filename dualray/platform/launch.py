@@ -28,6 +28,7 @@ from dualray.platform.following import Following, interrupts, named_actor
 from dualray.platform.live import LOST, look
 from dualray.platform.readable import count
 from dualray.platform.run_file import RunFile, parse_run_file
+from dualray.platform.scheduler import SchedulerConfig
 from dualray.platform.states import RunState
 
 _ANSWER_WITHIN_S = 30.0
@@ -92,7 +93,12 @@ def plan_serving(checkpoint: Path, overrides: list[str], *, console: Console) ->
     run = parse_run_file(stored, ["serve.after_training=true", *overrides])
     phase = phase_behind(run.phases(), meta["step"])
     run = replace(
-        run, model=phase.model, train=phase.train, extend=None, layout=run.layout.concrete
+        run,
+        model=phase.model,
+        train=phase.train,
+        extend=None,
+        layout=run.layout.concrete,
+        scheduler=SchedulerConfig(),
     )
     return Assignment(
         run=run,

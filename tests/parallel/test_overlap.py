@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
+import weakref
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support.models import random_batch, tiny_config
+from support.models import random_batch, tiny_config, whole_model
 from support.processes import free_port, run_ranks
 from support.walks import make_walker
 
 from dualray.model.config import ModelConfig
 from dualray.parallel import exchange
+from dualray.parallel.executor import Executor
 from dualray.parallel.groups import leave
 from dualray.parallel.layout import Layout
 from dualray.parallel.micro_batch import Objective
 from dualray.parallel.overlap import Strands
+from dualray.parallel.p2p import PipelineLinks
 from dualray.parallel.spans import COMMUNICATION
+from dualray.parallel.weight_grads import WeightGrads
 
 WORLD = 4
 MICRO_BATCHES = 12
@@ -222,3 +228,21 @@ def test_a_failing_strand_unwinds_the_other(log, failing: str) -> None:
     log.events.clear()
     log.strands.run(log.strand("a", 1), log.strand("b", 1))
     assert log.events == ["a0", "b0", "a ends", "b ends"]
+
+
+def test_threads_do_not_keep_an_executor_alive() -> None:
+    """Its weights must be free when a worker builds other stages."""
+    stage = whole_model(tiny_config())
+    held = SimpleNamespace(stages={0: stage}, hidden_size=24)
+    executor = Executor(
+        held, 0, PipelineLinks({}, (0,)), [], WeightGrads(), exchange=exchange.Exchange()
+    )
+    executor._strands.run(lambda: None, lambda: None)
+    executor.close()
+    gone = weakref.ref(executor)
+    gc.disable()
+    try:
+        del executor
+        assert gone() is None
+    finally:
+        gc.enable()

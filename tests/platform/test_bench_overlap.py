@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from dualray.parallel.groups import Ways
 from dualray.platform.bench.hosts import can_emulate_hosts
 from dualray.platform.bench.overlap import NoJourney, _row
 from dualray.platform.commands.bench import app
@@ -55,7 +56,8 @@ def test_without_a_journey_rows_arrive_where_they_are() -> None:
     rows = torch.arange(6.0).view(3, 2).requires_grad_()
     counts = torch.tensor([1, 2])
     assert torch.equal(exchange.start_counts(counts, None)(), counts)
-    out = exchange(rows, [1, 2], [1, 2], None, "dispatch 0")
+    nobody = Ways(rows=None, gradients=None)
+    out = exchange(rows, [1, 2], [1, 2], nobody, "dispatch 0")
     assert torch.equal(out, rows)
     out.sum().backward()
     assert torch.equal(rows.grad, torch.ones(3, 2))

@@ -173,6 +173,14 @@ def test_unknown_key_in_a_section_of_a_section() -> None:
     )
 
 
+def test_a_scheduler_with_nothing_to_decide() -> None:
+    layout = {"pipeline": 2, "schedule": "1f1b"}
+    assert refusal(mapping(layout=layout, scheduler={"check_every": 5})) == (
+        "section scheduler is given and layout.schedule is 1f1b, which leaves nothing to decide; "
+        "set layout.schedule to auto, or remove section scheduler."
+    )
+
+
 def test_unknown_key_with_nothing_near() -> None:
     assert refusal(mapping(zzz=1)) == (
         "zzz is not a field of the run file; the run file has name, model, data, train, extend, "

@@ -61,6 +61,11 @@ def test_workers_change_schedule_stages_and_micro_batches_and_serve(tmp_path: Pa
     assert sum(decided["layers"]) == 4
     assert len(decided["layers"]) == 4
     assert decided["micro_batches"] * decided["micro_batch_size"] == 8
+    # It can be served again by itself.
+    with started("serve", "runs/open", cwd=tmp_path) as server:
+        server.line("^serving at ")
+        assert dualray("stop", "open-serve", cwd=tmp_path).code == 0
+        assert server.end().code == 0
     # Who computes what when changes nothing of what is computed.
     expected = losses_of(tmp_path / "runs" / "pinned")
     assert losses_of(run) == pytest.approx(expected, rel=1e-9)
