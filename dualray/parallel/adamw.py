@@ -134,9 +134,13 @@ class AdamW:
 def new_adamw(
     by_decay: Mapping[float, Sequence[Tensor]], config: OptimizerConfig
 ) -> torch.optim.AdamW:
-    """torch's fused AdamW over the tensors of each weight decay; `lr` is set at each step."""
+    """torch's fused AdamW over the tensors of each weight decay; `lr` is set at each step.
+
+    Without any, as in a worker that only serves, it has one group of nothing.
+    """
+    groups = [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()]
     return torch.optim.AdamW(
-        [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()],
+        groups or [{"params": []}],
         lr=0.0,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

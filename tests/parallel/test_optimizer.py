@@ -173,3 +173,10 @@ def test_zero1_refuses_float64():
         "train.optimizer is zero1 and train.dtype is float64, but zero1 keeps fp32 masters; "
         "set train.optimizer to adamw."
     )
+
+
+@pytest.mark.parametrize("kind", ["adamw", "zero1"])
+def test_a_worker_that_only_serves_has_an_optimizer_of_nothing(kind) -> None:
+    optimizer = make_optimizer([], OptimizerConfig(kind=kind))
+    assert not list(optimizer.state_pieces())
+    optimizer.close()
