@@ -124,9 +124,10 @@ class ForwardContext:
     `positions_T` int64 are rotary positions. `seq_lens` are the lengths of the sequences
     packed into T, in order. `weight_grads=None` leaves gradients to plain autograd, which
     is the slow twin of the deferred path. `balance_scale` multiplies the sequence-wise
-    balance loss (alpha over the global number of sequences); 0 skips it. `loads` collects
-    int64 tokens per logical expert by layer; None when nobody asks. `recompute` takes RMSNorms and
-    MLA's up-projections that the backward makes again; None keeps them.
+    balance loss (alpha over the global number of sequences); 0 skips it. `aux_scale` does so for
+    the auxiliary loss over all T tokens (its weight over the global number of micro-batches).
+    `loads` collects int64 tokens per logical expert by layer; None when nobody asks. `recompute`
+    takes RMSNorms and MLA's up-projections that the backward makes again; None keeps them.
     """
 
     positions_T: Tensor
@@ -135,6 +136,7 @@ class ForwardContext:
     dispatch: ExpertDispatch
     weight_grads: WeightGradSink | None = None
     balance_scale: float = 0.0
+    aux_scale: float = 0.0
     loads: dict[int, Tensor] | None = None
     tape: RoutingTape | None = None
     recompute: Recompute | None = None

@@ -58,6 +58,8 @@ class Router(nn.Module):
         if ctx.balance_scale:
             loss = sequence_balance_loss(routing, ctx.seq_lens)
             ctx.balance_losses.append(loss * ctx.balance_scale)
+        if ctx.aux_scale:
+            ctx.balance_losses.append(auxiliary_loss(routing) * ctx.aux_scale)
 
 
 def choose_experts(biased_TE: Tensor, config: ModelConfig) -> Tensor:
@@ -69,6 +71,16 @@ def choose_experts(biased_TE: Tensor, config: ModelConfig) -> Tensor:
         closed_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, chosen, False)
         biased_TE = grouped_TGe.masked_fill(closed_TG[..., None], float("-inf")).flatten(1)
     return biased_TE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+def auxiliary_loss(routing: Routing) -> Tensor:
+    """sum_i f_i P_i over all T tokens, unweighted (arXiv 2101.03961, equations 4 to 6).
+
+    There scores are a softmax and K is 1; here P_i is of sigmoid scores normalised over the
+    experts, and f_i is scaled so that balance gives 1, as in the sequence-wise loss: the two
+    are one where the tokens are one sequence.
+    """
+    return sequence_balance_loss(routing, (routing.scores_TE.shape[0],))
 
 
 def sequence_balance_loss(routing: Routing, seq_lens: tuple[int, ...]) -> Tensor:

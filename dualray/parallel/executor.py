@@ -229,6 +229,7 @@ class _Walk:
             dispatch=self.e._dispatches[action.direction],
             weight_grads=self.e._weight_grads if self.trains else None,
             balance_scale=self.objective.balance if self.trains else 0.0,
+            aux_scale=self.objective.aux if self.trains else 0.0,
             loads=self.sums.loads if self.trains else None,
             tape=self.tapes.get(_key(action)),
             recompute=Recompute() if self.trains and self.e._recompute else None,

@@ -32,12 +32,14 @@ class Objective:
     """Factors that turn sums into the step's loss: one over the global count of targets.
 
     `mtp[k]` already contains lambda / D. `balance` is alpha over the global number of
-    sequences, the routing imbalance's share.
+    sequences, the routing imbalance's share; `aux` the auxiliary loss' weight over the global
+    number of micro-batches.
     """
 
     main: float
     mtp: tuple[float, ...]
     balance: float
+    aux: float = 0.0
 
     def of(self, losses: Losses) -> Tensor:
         total = losses.main * self.main

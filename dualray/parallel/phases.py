@@ -39,6 +39,8 @@ class PhaseConfig:
     """Sequences per micro-batch; None takes train.micro_batch_size."""
     micro_batches: int | None = None
     """Micro-batches per step and (replica, expert rank); None takes train.micro_batches."""
+    gamma: float | None = None
+    """Step of the router biases (V3: 0 at the end of its training); None takes train.gamma."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ def plan_phases(
                     tokens_before=last.tokens_before
                     + last.train.steps * last.tokens_per_step(layout),
                     model=extended,
-                    train=_train_of(train, changes, layout, number),
+                    train=_train_of(train, changes, layout, last.end_step, number),
                 )
             )
             _refuse_length(phases, last if last.train.steps else None)
@@ -169,7 +171,9 @@ def reach(yarn: YarnConfig) -> int:
     return round(yarn.original_max_position_embeddings * yarn.factor)
 
 
-def _train_of(train: TrainConfig, changes: PhaseConfig, layout: Layout, number: int) -> TrainConfig:
+def _train_of(
+    train: TrainConfig, changes: PhaseConfig, layout: Layout, first_step: int, number: int
+) -> TrainConfig:
     """Section `train` with a phase's changes; sentences name the phase's fields."""
     if changes.steps < 1:
         raise ConfigError(
@@ -178,6 +182,7 @@ def _train_of(train: TrainConfig, changes: PhaseConfig, layout: Layout, number: 
         )
     given: dict[str, Any] = {"min_lr": changes.lr}
     given |= {field: value for field, value in vars(changes).items() if value is not None}
+    _refuse_gamma(train, changes, first_step, number)
     try:
         changed = replace(train, **given)
         make_schedule(layout.schedule, layout.pipeline, changed.micro_batches)
@@ -187,6 +192,24 @@ def _train_of(train: TrainConfig, changes: PhaseConfig, layout: Layout, number: 
             hint=error.hint.replace("train.", f"{_name(number)}."),
         ) from None
     return changed
+
+
+def _refuse_gamma(train: TrainConfig, changes: PhaseConfig, first_step: int, number: int) -> None:
+    """A phase may not give a gamma that moves nothing."""
+    if not changes.gamma:
+        return
+    if not train.moves_biases:
+        raise ConfigError(
+            f"{_name(number)}.gamma is {changes.gamma} and train.balance {train.balance} moves no "
+            "biases",
+            hint=f"remove {_name(number)}.gamma, or set train.balance to bias",
+        )
+    if train.gamma_steps is not None and train.gamma_steps <= first_step:
+        raise ConfigError(
+            f"{_name(number)}.gamma is {changes.gamma} and biases are frozen after "
+            f"train.gamma_steps = {train.gamma_steps}, before the phase's step {first_step + 1}",
+            hint=f"remove {_name(number)}.gamma, or raise train.gamma_steps",
+        )
 
 
 def _refuse_length(phases: Sequence[Phase], before: Phase | None) -> None:

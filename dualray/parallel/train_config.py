@@ -14,10 +14,18 @@ _AT_LEAST_ONE = (
     "seq_len micro_batch_size micro_batches eval_batches keep_checkpoints log_every".split()
 )
 _NOT_NEGATIVE = (
-    "steps clip_norm gamma alpha mtp_lambda eval_every checkpoint_every trace_every".split()
+    "steps clip_norm gamma gamma_steps alpha aux_alpha mtp_lambda eval_every checkpoint_every "
+    "trace_every".split()
 )
 
 DTYPES = ("float32", "bfloat16", "float64")
+
+BALANCES = ("bias", "none", "aux_loss", "aux_loss_and_bias")
+"""Ways to keep experts evenly loaded; the other three are there to be compared with `bias`."""
+
+DEFAULT_AUX_ALPHA = 0.001
+"""arXiv 2408.15664 chose it for its own auxiliary-loss peer, whose f_i is scaled as ours: of the
+weights tried there the one that balances without costing much loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +66,23 @@ class TrainConfig:
     """Decoupled weight decay; never on 1-D parameters."""
     clip_norm: float = 1.0
     """Bound of the global gradient norm; 0 switches clipping off."""
+    balance: str = "bias"
+    """How experts are kept evenly loaded: `bias` (router biases move by `gamma`, beside the
+    sequence-wise loss of weight `alpha`, as in DeepSeek-V3), `aux_loss` (a loss of weight
+    `aux_alpha` alone), `aux_loss_and_bias` (all three) or `none` (none of them)."""
     gamma: float = 0.001
-    """Step of the router biases towards balance (arXiv 2412.19437, 2.1.2); 0 freezes them."""
+    """Step of the router biases towards balance (arXiv 2412.19437, 2.1.2); 0 freezes them. Counts
+    where `balance` is `bias` or `aux_loss_and_bias`; else biases stay as they are."""
+    gamma_steps: int | None = None
+    """Optimizer steps of the run, section `extend` included, after which gamma is 0 (V3: 14.3T of
+    14.8T tokens); None lets biases move to the end."""
     alpha: float = 1e-4
-    """Weight of the sequence-wise balance loss; 0 switches it off."""
+    """Weight of the sequence-wise balance loss; 0 switches it off. Counts where biases move
+    (`bias`, `aux_loss_and_bias`), which it complements; there is none with `aux_loss` or `none`."""
+    aux_alpha: float | None = None
+    """Weight of the auxiliary loss over all tokens of a micro-batch, sum_i f_i P_i (arXiv
+    2101.03961, 2.2, with sigmoid scores normalised over the experts), where `balance` is
+    `aux_loss` or `aux_loss_and_bias`; None takes 0.001 there."""
     mtp_lambda: float = 0.3
     """Weight of the multi-token-prediction losses, divided over their depths."""
     eval_every: int = 0
@@ -96,12 +117,56 @@ class TrainConfig:
                 f"train.dtype is {self.dtype} and must be one of {', '.join(DTYPES)}",
                 hint="set train.dtype to float32",
             )
+        self._check_balance()
         if self.steps:
             self.learning_rate()
         self.optimizer_config()
 
+    def _check_balance(self) -> None:
+        if self.balance not in BALANCES:
+            raise ConfigError(
+                f"train.balance is {self.balance} and must be one of {', '.join(BALANCES)}",
+                hint="set train.balance to bias",
+            )
+        if self.aux_alpha is not None and not self.has_aux_loss:
+            raise ConfigError(
+                f"train.aux_alpha is {self.aux_alpha} and train.balance {self.balance} has no "
+                "auxiliary loss",
+                hint="remove train.aux_alpha, or set train.balance to aux_loss",
+            )
+        if self.gamma_steps is not None and not self.moves_biases:
+            raise ConfigError(
+                f"train.gamma_steps is {self.gamma_steps} and train.balance {self.balance} moves "
+                "no biases",
+                hint="remove train.gamma_steps, or set train.balance to bias",
+            )
+
+    @property
+    def moves_biases(self) -> bool:
+        return self.balance in ("bias", "aux_loss_and_bias")
+
+    @property
+    def has_aux_loss(self) -> bool:
+        return self.balance in ("aux_loss", "aux_loss_and_bias")
+
+    def gamma_at(self, step: int) -> float:
+        """By how much biases move behind step `step` of the run, counted from 0."""
+        over = self.gamma_steps is not None and step >= self.gamma_steps
+        return self.gamma if self.moves_biases and not over else 0.0
+
+    def sequence_loss_weight(self) -> float:
+        """Of the sequence-wise balance loss, summed over sequences over their number."""
+        return self.alpha if self.moves_biases else 0.0
+
+    def aux_loss_weight(self) -> float:
+        """Of the auxiliary loss, summed over micro-batches over their number."""
+        if not self.has_aux_loss:
+            return 0.0
+        return DEFAULT_AUX_ALPHA if self.aux_alpha is None else self.aux_alpha
+
     def _at_least(self, field: str, bound: int) -> None:
-        if not bound <= getattr(self, field) < math.inf:
+        value = getattr(self, field)
+        if value is not None and not bound <= value < math.inf:
             raise ConfigError(
                 f"train.{field} is {getattr(self, field)} and must be at least {bound}",
                 hint=f"set train.{field} to {bound} or more",
@@ -109,8 +174,11 @@ class TrainConfig:
 
     def global_sequences(self, layout: Layout) -> int:
         """Sequences of one optimizer step over all workers."""
-        workers = layout.replicas * layout.experts
-        return workers * self.micro_batches * self.micro_batch_size
+        return self.global_micro_batches(layout) * self.micro_batch_size
+
+    def global_micro_batches(self, layout: Layout) -> int:
+        """Micro-batches of one optimizer step over all workers."""
+        return layout.replicas * layout.experts * self.micro_batches
 
     def learning_rate(self) -> LrConfig:
         return LrConfig(

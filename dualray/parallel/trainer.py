@@ -184,7 +184,7 @@ class Trainer:
             self.optimizer.step(lr)
         with sums.spans.noted("balance", OPTIMIZER):
             loads = global_loads(sums.loads, self.groups.dense)
-            update_biases(self.held.routers(), loads, self.train.gamma)
+            update_biases(self.held.routers(), loads, self.train.gamma_at(step))
         return self._result(sums, targets, loads, norm, lr, started)
 
     def _count_targets(self, batches: dict[tuple[int, int], MicroBatch]) -> list[int]:
@@ -202,7 +202,8 @@ class Trainer:
         return Objective(
             main=1 / max(targets[0], 1),
             mtp=tuple(share / max(count, 1) for count in targets[1:]),
-            balance=self.train.alpha / self.train.global_sequences(self.layout),
+            balance=self.train.sequence_loss_weight() / self.train.global_sequences(self.layout),
+            aux=self.train.aux_loss_weight() / self.train.global_micro_batches(self.layout),
         )
 
     def _clip(self, step: int) -> float:
