@@ -31,7 +31,7 @@ from dualray.inference.scheduler import Limits
 from dualray.parallel.groups import Rendezvous, host_rendezvous
 from dualray.parallel.layout import Layout
 from dualray.parallel.phases import Phase
-from dualray.parallel.placement import ExpertPlacement
+from dualray.parallel.slots import ExpertPlacement
 from dualray.parallel.trainer import HeldOut, StepResult, Trainer
 
 

@@ -32,6 +32,8 @@ def weight_pieces(trainer: Trainer) -> Iterator[Piece]:
             continue
         flat = tensor.detach().view(-1)
         for part in slices[name]:
+            if part.is_copy:
+                continue
             values = flat[part.start : part.start + part.numel]
             yield Piece(name=part.name, shape=part.shape, start=0, tensor=values)
 

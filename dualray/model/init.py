@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class LogicalSlice:
     name: str
     shape: tuple[int, ...]
     start: int
+    is_copy: bool = False
+    """Whether it is an expert's redundant copy, whose home is elsewhere."""
 
     @property
     def numel(self) -> int:
@@ -54,8 +56,14 @@ def logical_slices(stage: Stage) -> dict[str, list[LogicalSlice]]:
                 gate_up.append((f"{expert}.gate_proj.weight", (width, hidden)))
                 gate_up.append((f"{expert}.up_proj.weight", (width, hidden)))
                 down.append((f"{expert}.down_proj.weight", (hidden, width)))
-            result[f"{dot}gate_up_proj"] = _split(prefix + dot, gate_up)
-            result[f"{dot}down_proj"] = _split(prefix + dot, down)
+            homes = module.num_homes
+            gate_ups, downs = _split(prefix + dot, gate_up), _split(prefix + dot, down)
+            result[f"{dot}gate_up_proj"] = [
+                replace(part, is_copy=index >= 2 * homes) for index, part in enumerate(gate_ups)
+            ]
+            result[f"{dot}down_proj"] = [
+                replace(part, is_copy=index >= homes) for index, part in enumerate(downs)
+            ]
             continue
         parent = dot.removesuffix(f"{module_name.rpartition('.')[2]}.")
         for name, tensor in _own_tensors(module):

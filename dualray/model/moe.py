@@ -35,11 +35,15 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts that this worker holds; slot s is logical expert `ids[s]`."""
+    """The routed experts that this worker holds; slot s is logical expert `ids[s]`.
+
+    The first `num_homes` slots own their experts, the others are redundant copies.
+    """
 
     def __init__(self, config: ModelConfig, ids: tuple[int, ...]) -> None:
         super().__init__()
         self.ids = ids
+        self.num_homes = len(ids)
         width, hidden = config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(len(ids), 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(len(ids), hidden, width))

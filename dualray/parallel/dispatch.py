@@ -1,10 +1,10 @@
 """Expert dispatch over the expert ranks of a stage: all-to-all there and back.
 
-T tokens, K choices, N = T*K rows here, M rows received, R expert ranks, s slots per rank.
-Counts travel first as one int64 all-to-all, while the rows are put into order, then the rows
-with uneven splits; a rank without tokens still takes part. Rows arrive ordered by (source rank,
-slot, token) and are sorted by slot, so that within a slot they keep the order (source rank,
-token).
+T tokens, K choices, N = T*K rows here, M rows received, E experts, C copies at most, S slots of all
+ranks, s of this one. An expert's copies take its tokens in turn. Counts travel first as one int64
+all-to-all, while the rows are put into order, then the rows with uneven splits; a rank without
+tokens still takes part. Rows arrive ordered by (source rank, slot, token) and are sorted by slot,
+so that within a slot they keep the order (source rank, token).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dualray.kernels.permute import permute, replicate, sort_by_key
 from dualray.model.context import Dispatched, Routing
 from dualray.parallel.exchange import Exchange
 from dualray.parallel.groups import Ways
-from dualray.parallel.placement import ExpertPlacement
+from dualray.parallel.slots import ExpertPlacement
 
 
 @dataclass(kw_only=True)
@@ -35,33 +35,62 @@ class _WayBack:
     gates_TK: Tensor
 
 
+class SlotTable:
+    """Where a layer's experts are: choices to physical slots."""
+
+    def __init__(self, placement: ExpertPlacement, layer: int, device: torch.device) -> None:
+        slots_of = placement.slots_of(layer)
+        most = max(map(len, slots_of))
+        self.slots = placement.slots(layer)
+        """How many slots each rank has."""
+        ranks = [rank for rank, count in enumerate(self.slots) for _ in range(count)]
+        self.rank_S = torch.tensor(ranks, device=device)
+        """Rank of each slot, int64."""
+        rows = [[slots[copy % len(slots)] for copy in range(most)] for slots in slots_of]
+        self._slot_EC = torch.tensor(rows, device=device)
+        self._copies_E = torch.tensor([len(slots) for slots in slots_of], device=device)
+
+    def choose(self, experts_TK: Tensor, first: int) -> Tensor:
+        """(T, K) int64 slots. The copies of an expert take turns from token to token, beginning
+        at `first`."""
+        if self._slot_EC.shape[1] == 1:
+            return self._slot_EC[:, 0][experts_TK]
+        turn_T = torch.arange(first, first + len(experts_TK), device=experts_TK.device)
+        return self._slot_EC[experts_TK, turn_T[:, None] % self._copies_E[experts_TK]]
+
+
 class AllToAllDispatch:
     """`ExpertDispatch` over a process group. Its twin is `LocalDispatch`.
 
-    `exchange` carries the rows; a worker's dispatches share one.
+    `exchange` carries the rows; a worker's dispatches share one. `rows[layer]` counts, if it is
+    given, what the slots of this rank were sent.
     """
 
     def __init__(
-        self, placement: ExpertPlacement, ways: Ways, device: torch.device, exchange: Exchange
+        self,
+        placement: ExpertPlacement,
+        ways: Ways,
+        device: torch.device,
+        exchange: Exchange,
+        rows: dict[int, Tensor] | None = None,
     ) -> None:
-        self._placement = placement
         self._ways = ways
         self._exchange = exchange
-        self._num_ranks = ways.rows.size()
-        self._home_E = {
-            layer: torch.tensor(placement.home_slots(layer), device=device)
-            for layer in placement.held
-        }
+        self._rank = ways.rows.rank()
+        self._tables = {layer: SlotTable(placement, layer, device) for layer in placement.held}
+        self._rows = rows
 
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> Dispatched:
-        ranks, slots = self._num_ranks, self._placement.slots_per_rank(layer)
-        key_N = self._home_E[layer][routing.experts_TK].flatten()
-        order_N, inverse_N, counts = sort_by_key(key_N, ranks * slots)
-        counted = self._exchange.start_counts(counts, self._ways.rows)
+        table, ranks = self._tables[layer], self._ways.rows.size()
+        slots = table.slots[self._rank]
+        key_N = table.choose(routing.experts_TK, self._rank).flatten()
+        order_N, inverse_N, counts = sort_by_key(key_N, sum(table.slots))
+        counted = self._exchange.start_counts(counts, [slots] * ranks, table.slots, self._ways.rows)
         rows_ND = replicate(x_TD, order_N, inverse_N)
-        send = counts.view(ranks, slots).sum(1).tolist()
+        send = counts.new_zeros(ranks).scatter_add_(0, table.rank_S, counts).tolist()
         received = counted()
         receive = received.view(ranks, slots).sum(1).tolist()
+        note_rows(self._rows, layer, received.view(ranks, slots).sum(0))
         rows_MD = self._exchange(rows_ND, receive, send, self._ways, f"dispatch {layer}")
         slot_of_run = torch.arange(slots, device=x_TD.device).repeat(ranks)
         slot_M = torch.repeat_interleave(slot_of_run, received, output_size=sum(receive))
@@ -89,3 +118,9 @@ class AllToAllDispatch:
         name = f"combine {way.layer}"
         rows_ND = self._exchange(arrived, way.send, way.receive, self._ways, name)
         return combine(rows_ND, way.gates_TK, way.order_N, way.inverse_N)
+
+
+def note_rows(rows: dict[int, Tensor] | None, layer: int, counts_s: Tensor) -> None:
+    """Add int64 rows per local slot to what is counted, if anybody counts."""
+    if rows is not None:
+        rows[layer] = rows[layer] + counts_s if layer in rows else counts_s

@@ -53,11 +53,12 @@ class Exchange:
         """
         return _AllToAll.apply(rows, receive, send, ways, name, self)
 
-    def start_counts(self, counts: Tensor, group: Group) -> Callable[[], Tensor]:
-        """Swap int64 counts, equally many with every rank; what is returned waits for theirs."""
-        theirs = torch.empty_like(counts)
-        each = [counts.numel() // group.size()] * group.size()
-        journey = self._start(theirs, counts, each, each, group)
+    def start_counts(
+        self, counts: Tensor, receive: list[int], send: list[int], group: Group
+    ) -> Callable[[], Tensor]:
+        """Swap int64 counts, `send[r]` of them with rank r; what is returned waits for theirs."""
+        theirs = counts.new_empty(sum(receive))
+        journey = self._start(theirs, counts, receive, send, group)
 
         def wait() -> Tensor:
             self._finish(journey, "counts")

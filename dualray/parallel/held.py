@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from dualray.errors import ConfigError
+from dualray.model.block import Block
 from dualray.model.config import ModelConfig
 from dualray.model.init import LogicalSlice, draw, initialise, logical_slices, stage_tensors
 from dualray.model.linear import Embedding
-from dualray.model.moe import Experts
+from dualray.model.moe import Experts, MoE
 from dualray.model.router import Router
 from dualray.model.stage import Stage
 from dualray.parallel.layout import Coordinate
-from dualray.parallel.placement import ExpertPlacement
+from dualray.parallel.slots import ExpertPlacement
 from dualray.schedule.actions import Schedule
 
 EMBEDDING = "embed_tokens.weight"
@@ -78,6 +79,8 @@ class HeldStages:
             stage = Stage(
                 config, ranges[index], expert_ids=lambda layer: placement.held[layer][at.expert]
             )
+            for layer, experts in experts_of(stage).items():
+                experts.num_homes = placement.num_homes[layer][at.expert]
             initialise(stage, seed)
             self.stages[index] = stage.to(device=device, dtype=dtype)
             for router in _routers(stage):
@@ -120,13 +123,19 @@ class HeldStages:
         return {n: p for n, p in self._parameters().items() if n not in experts}
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
-        """The routed experts' stacked weights."""
+        """The routed experts' stacked weights, redundant copies included."""
         return {
-            f"{module_name}.{name}": parameter
-            for stage in self.stages.values()
-            for module_name, module in stage.named_modules()
-            if isinstance(module, Experts)
+            f"layers.{layer}.mlp.experts.{name}": parameter
+            for layer, module in self.experts().items()
             for name, parameter in module.named_parameters(recurse=False)
+        }
+
+    def experts(self) -> dict[int, Experts]:
+        """This worker's expert groups by layer."""
+        return {
+            layer: experts
+            for stage in self.stages.values()
+            for layer, experts in experts_of(stage).items()
         }
 
     def _parameters(self) -> dict[str, nn.Parameter]:
@@ -139,6 +148,15 @@ class HeldStages:
     def slices(self) -> dict[str, list[LogicalSlice]]:
         """The logical tensors in each of `tensors()`."""
         return {n: s for stage in self.stages.values() for n, s in logical_slices(stage).items()}
+
+
+def experts_of(stage: Stage) -> dict[int, Experts]:
+    """A stage's expert groups by layer."""
+    return {
+        int(layer): block.mlp.experts
+        for layer, block in stage.layers.items()
+        if isinstance(block, Block) and isinstance(block.mlp, MoE)
+    }
 
 
 def _routers(stage: Stage) -> Iterator[Router]:

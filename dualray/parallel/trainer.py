@@ -33,7 +33,7 @@ from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
 from dualray.parallel.optimizer import ParamGroup, make_optimizer
 from dualray.parallel.p2p import PipelineLinks
 from dualray.parallel.phases import Phase
-from dualray.parallel.placement import ExpertPlacement
+from dualray.parallel.slots import ExpertPlacement
 from dualray.parallel.spans import OPTIMIZER, SpanTuple
 from dualray.parallel.train_config import TrainConfig
 from dualray.parallel.weight_grads import WeightGrads, attach_main_grads

@@ -32,7 +32,7 @@ from dualray.errors import DualrayError
 from dualray.inference.plan import Owner
 from dualray.inference.scheduler import Limits, owners
 from dualray.parallel.phases import phase_at
-from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.slots import contiguous_placement
 from dualray.platform.client import Client
 from dualray.platform.events import Event, EventLog, Note, StateChange
 from dualray.platform.folder import RunFolder

@@ -26,7 +26,7 @@ from dualray.model.config import ModelConfig
 from dualray.parallel.held import split_layers
 from dualray.parallel.layout import Layout
 from dualray.parallel.phases import ExtendConfig, Phase, plan_phases
-from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.train_config import TrainConfig
 from dualray.platform.preset import load_preset
 from dualray.platform.scheduler import SchedulerConfig

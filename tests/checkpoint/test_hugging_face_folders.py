@@ -38,7 +38,7 @@ from dualray.model.hugging_face import to_hugging_face
 from dualray.model.stage import Stage
 from dualray.parallel.held import HeldStages
 from dualray.parallel.layout import Layout
-from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.slots import contiguous_placement
 from dualray.schedule.make import make_schedule
 
 YARN = YarnConfig(factor=4.0, original_max_position_embeddings=16, mscale_all_dim=0.7)

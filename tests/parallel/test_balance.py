@@ -11,7 +11,6 @@ from dualray.model.router import Router, choose_experts
 from dualray.parallel.balance import max_violation, update_biases
 from dualray.parallel.held import split_layers
 from dualray.parallel.layout import Coordinate, Layout, dense_ranks, expert_ranks
-from dualray.parallel.placement import ExpertPlacement, contiguous_placement
 from dualray.schedule.actions import Kind, flatten
 from dualray.schedule.forward_only import forward_only
 from dualray.schedule.make import make_schedule
@@ -63,26 +62,6 @@ def test_more_stages_than_layers_is_one_sentence() -> None:
         ConfigError, match=r"num_hidden_layers 3 is fewer than the schedule's 4 stages"
     ):
         split_layers(3, 4)
-
-
-def test_placement_gives_every_expert_one_slot() -> None:
-    config = tiny_config(n_routed_experts=12)
-    placement = contiguous_placement(config, 3)
-    assert tuple(placement.held) == (1, 2, 3, 4, 5)  # layer 0 is dense, 4 and 5 are MTP's
-    for layer, held in placement.held.items():
-        assert sorted(e for experts in held for e in experts) == list(range(12))
-        slots = placement.home_slots(layer)
-        assert sorted(slots) == list(range(12))
-        for expert, slot in enumerate(slots):
-            rank, position = divmod(slot, placement.slots_per_rank(layer))
-            assert held[rank][position] == expert
-    with pytest.raises(ConfigError, match=r"12 is not divisible by layout\.experts 5"):
-        contiguous_placement(config, 5)
-
-
-def test_the_first_copy_of_an_expert_is_its_home() -> None:
-    placement = ExpertPlacement(held={0: ((1, 0), (0, 2))})
-    assert placement.home_slots(0) == [1, 0, 3]
 
 
 def test_the_schedule_follows_the_pipeline_unless_it_is_named() -> None:

@@ -16,7 +16,7 @@ from dualray.parallel import dispatch as module
 from dualray.parallel.dispatch import AllToAllDispatch
 from dualray.parallel.exchange import Exchange
 from dualray.parallel.groups import Ways
-from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.slots import contiguous_placement
 
 RANKS = 2
 LAYER = 1

@@ -55,7 +55,7 @@ def test_without_a_journey_rows_arrive_where_they_are() -> None:
     exchange = NoJourney()
     rows = torch.arange(6.0).view(3, 2).requires_grad_()
     counts = torch.tensor([1, 2])
-    assert torch.equal(exchange.start_counts(counts, None)(), counts)
+    assert torch.equal(exchange.start_counts(counts, [1], [1], None)(), counts)
     nobody = Ways(rows=None, gradients=None)
     out = exchange(rows, [1, 2], [1, 2], nobody, "dispatch 0")
     assert torch.equal(out, rows)

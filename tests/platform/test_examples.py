@@ -10,7 +10,7 @@ import torch
 from dualray.model.count import count_parameters
 from dualray.model.stage import Stage
 from dualray.parallel.held import split_layers
-from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.slots import contiguous_placement
 from dualray.platform.run_file import RunFile, load_run_file, parse_run_file, to_mapping
 from dualray.schedule.make import make_schedule
 from dualray.schedule.verify import verify

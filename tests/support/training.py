@@ -11,7 +11,7 @@ from dualray.data.loader import IGNORED
 from dualray.model.config import ModelConfig
 from dualray.parallel.groups import Rendezvous
 from dualray.parallel.layout import Layout
-from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.train_config import TrainConfig
 from dualray.parallel.trainer import Trainer
 

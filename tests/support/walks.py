@@ -18,7 +18,7 @@ from dualray.parallel.held import HeldStages
 from dualray.parallel.layout import Layout
 from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
 from dualray.parallel.p2p import PipelineLinks
-from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
 from dualray.schedule.actions import Schedule
 from dualray.schedule.make import make_schedule

@@ -40,7 +40,7 @@ from dualray.parallel.held import HeldStages
 from dualray.parallel.layout import Layout
 from dualray.parallel.micro_batch import MicroBatch, Objective
 from dualray.parallel.p2p import PipelineLinks
-from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
 from dualray.platform.bench.hosts import Host, emulated_hosts
 from dualray.platform.bench.ranks import Member, run_ranks
@@ -111,7 +111,9 @@ QUICK = OverlapCase(
 class NoJourney(Exchange):
     """Rows arrive where they are: as many as are sent, and their values do not matter."""
 
-    def start_counts(self, counts: Tensor, group: Any) -> Any:
+    def start_counts(
+        self, counts: Tensor, receive: list[int], send: list[int], group: Any
+    ) -> Any:
         return lambda: counts
 
     def _all_to_all(

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from dualray.model.config import ModelConfig
 from dualray.parallel.exchange import Exchange
 from dualray.parallel.layout import Layout
-from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.spans import Spans, SpanTuple
 from dualray.parallel.train_config import TrainConfig
 from dualray.parallel.trainer import StepResult, Trainer

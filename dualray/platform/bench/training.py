@@ -29,7 +29,7 @@ from dualray.parallel.layout import Coordinate
 from dualray.parallel.micro_batch import MicroBatch, Objective
 from dualray.parallel.optimizer import OptimizerConfig, ParamGroup
 from dualray.parallel.p2p import PipelineLinks
-from dualray.parallel.placement import contiguous_placement
+from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
 from dualray.platform.bench.hugging_face import HuggingFaceTrainer
 from dualray.schedule.baselines import one_f_one_b
