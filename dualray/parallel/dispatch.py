@@ -77,8 +77,18 @@ class AllToAllDispatch:
         self._ways = ways
         self._exchange = exchange
         self._rank = ways.rows.rank()
-        self._tables = {layer: SlotTable(placement, layer, device) for layer in placement.held}
+        self._device = device
         self._rows = rows
+        self.place(placement)
+
+    def place(self, placement: ExpertPlacement) -> None:
+        """Send tokens to the slots of another placement from now on, as all ranks must.
+
+        No dispatched rows may be under way. What `rows` has counted is of the slots before.
+        """
+        self._tables = {
+            layer: SlotTable(placement, layer, self._device) for layer in placement.held
+        }
 
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> Dispatched:
         table, ranks = self._tables[layer], self._ways.rows.size()
