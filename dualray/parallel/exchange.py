@@ -79,9 +79,10 @@ class Exchange:
             courier.shutdown(wait=False, cancel_futures=True)
         self._couriers.clear()
 
-    def _all_to_all(
+    def swap(
         self, rows: Tensor, receive: list[int], send: list[int], group: Group, name: str
     ) -> Tensor:
+        """The same without gradients, over one group."""
         out = rows.new_empty(sum(receive), *rows.shape[1:])
         started = time.perf_counter()
         journey = self._start(out, rows.contiguous(), receive, send, group)
@@ -157,11 +158,11 @@ class _AllToAll(torch.autograd.Function):
     ) -> Tensor:
         ctx.receive, ctx.send, ctx.group = receive, send, ways.gradients
         ctx.name, ctx.exchange = name, exchange
-        return exchange._all_to_all(rows, receive, send, ways.rows, name)
+        return exchange.swap(rows, receive, send, ways.rows, name)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         name = f"{ctx.name} gradient"
-        dx = ctx.exchange._all_to_all(dy, ctx.send, ctx.receive, ctx.group, name)
+        dx = ctx.exchange.swap(dy, ctx.send, ctx.receive, ctx.group, name)
         return dx, None, None, None, None, None

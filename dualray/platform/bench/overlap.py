@@ -116,7 +116,7 @@ class NoJourney(Exchange):
     ) -> Any:
         return lambda: counts
 
-    def _all_to_all(
+    def swap(
         self, rows: Tensor, receive: list[int], send: list[int], group: Any, name: str
     ) -> Tensor:
         assert sum(receive) == sum(send)
