@@ -1,4 +1,4 @@
-"""A run's folder: runs/NAME with run.yaml, run.json, metrics, trace, checkpoints, report."""
+"""A run's folder: runs/NAME with run.yaml, run.json, metrics, loads, trace, checkpoints, report."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def loads(self) -> Path:
+        """Folder of the tables that say how many tokens each expert computed."""
+        return self.path / "loads"
 
     @property
     def trace(self) -> Path:

@@ -37,7 +37,7 @@ class StepMetrics:
     mtp_loss: Sequence[float] = ()
     """Cross-entropy of each multi-token-prediction depth, nats per token."""
     balance_loss: float = 0.0
-    """Sequence-wise balance loss after its factor alpha, nats."""
+    """Sequence-wise and auxiliary balance losses after their weights, nats."""
     grad_norm: float
     """Global gradient norm before clipping."""
     lr: float
@@ -54,11 +54,15 @@ class StepMetrics:
     """Fraction of the same time in which workers waited for expert exchanges with nothing to
     compute, 0 to 1."""
     max_vio: float | None = None
-    """Largest MaxVio (max load / mean load - 1) over the MoE layers; None without experts."""
+    """Largest MaxVio (max load / mean load - 1, arXiv 2408.15664) of the step over the MoE layers;
+    None without experts. The loads themselves are in loads/."""
     max_vio_per_layer: Mapping[int, float] = field(default_factory=dict)
-    """MaxVio of each MoE layer."""
-    loads: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    """Tokens that each expert of each MoE layer received."""
+    """MaxVio of the step in each MoE layer."""
+    max_vio_run: float | None = None
+    """Largest MaxVio over the MoE layers of the loads summed over the run up to this step; None
+    without experts. Where loads/ lacks the run's first steps, over those that it has."""
+    max_vio_run_per_layer: Mapping[int, float] = field(default_factory=dict)
+    """The same of each MoE layer."""
     heldout_loss: float | None = None
     """Held-out cross-entropy, nats per token; only on evaluation steps."""
     heldout_bits_per_byte: float | None = None
@@ -324,7 +328,7 @@ def _from_json(record: dict[str, Any], path: Path, number: int) -> Line | None:
 def _parse(key: str, value: Any) -> Any:
     if value is None:
         return math.nan
-    if key in ("loads", "max_vio_per_layer"):
+    if key in ("max_vio_per_layer", "max_vio_run_per_layer"):
         return {int(layer): _parse("", item) for layer, item in value.items()}
     if isinstance(value, list):
         return tuple(_parse("", item) for item in value)

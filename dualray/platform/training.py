@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import dualray
 from dualray.actors.gang import Gang
 from dualray.actors.stage_worker import phase_loader
@@ -15,11 +17,14 @@ from dualray.checkpoint.store import prune
 from dualray.checkpoint.writer import RankFiles, begin, commit, step_dir
 from dualray.data.dataset import TokenDataset
 from dualray.data.yardsticks import bits_per_byte
+from dualray.parallel.balance import max_violation
 from dualray.parallel.phases import phase_at, phase_behind
+from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.trainer import HeldOut, StepResult
 from dualray.platform.arrangement import Arrangement
 from dualray.platform.events import EventLog, Note
 from dualray.platform.folder import RunFolder
+from dualray.platform.loads import LoadsLog, Place, tokens_by_place
 from dualray.platform.metrics import (
     CheckpointSaved,
     Decided,
@@ -52,6 +57,7 @@ class Training:
         """`start` is how the workers have started."""
         self._run, self._gang, self._folder = run, gang, folder
         self._events, self._log = events, log
+        self._loads = LoadsLog.resume(folder.loads, first_step)
         self._dataset = dataset
         self._phases = run.phases()
         self._phase = phase_at(self._phases, first_step)
@@ -68,6 +74,10 @@ class Training:
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Train, evaluate and write checkpoints. The state after the last step, of a phase or of
         all, is always committed."""
+        with self._loads:
+            self._run_steps(should_stop)
+
+    def _run_steps(self, should_stop: Callable[[], bool]) -> None:
         train = self._run.train
         while self.steps_done < self._phases[-1].end_step and not should_stop():
             step = self.steps_done + 1
@@ -87,6 +97,9 @@ class Training:
             if evaluates:
                 batches = None if is_last else train.eval_batches
                 heldout = self._gang.call("evaluate", batches)[0]
+            self._loads.add(step, self._tokens_by_place(results))
+            if evaluates:
+                self._loads.flush()
             metrics = self._metrics(results, step, elapsed, heldout)
             self._log.append(metrics)
             self._events.append(metrics)
@@ -150,6 +163,7 @@ class Training:
         final = step_dir(folder, self.steps_done)
         if not final.exists():
             folder.mkdir(parents=True, exist_ok=True)
+            self._loads.flush()  # a checkpoint's steps have their loads
             temporary = begin(folder, self.steps_done)
             files = self._gang.call("write_checkpoint", str(temporary))
             commit(temporary, final, files, self._meta())
@@ -181,11 +195,13 @@ class Training:
         self, results: list[StepResult], step: int, elapsed_s: float, heldout: HeldOut | None
     ) -> StepMetrics:
         phase, first = self._phase, results[0]
-        loads: dict[int, list[int]] = {}
         max_vio: dict[int, float] = {}
         for result in results:
-            loads |= result.loads
             max_vio |= result.max_vio
+        max_vio_run = {
+            layer: max_violation(torch.from_numpy(total_E))
+            for layer, total_E in self._loads.totals.items()
+        }
         tokens = phase.tokens_per_step(self._run.layout)
         nats = None if heldout is None else heldout.loss_sum / max(heldout.targets, 1)
         bits = None
@@ -207,10 +223,32 @@ class Training:
             exposed_communication=first.exposed_communication,
             max_vio=max(max_vio.values()) if max_vio else None,
             max_vio_per_layer=dict(sorted(max_vio.items())),
-            loads=dict(sorted(loads.items())),
+            max_vio_run=max(max_vio_run.values()) if max_vio_run else None,
+            max_vio_run_per_layer=dict(sorted(max_vio_run.items())),
             heldout_loss=nats,
             heldout_bits_per_byte=bits,
         )
+
+    def _tokens_by_place(self, results: list[StepResult]) -> dict[Place, int]:
+        """What each expert computed in a step on which expert rank and node."""
+        layout = self.arrangement.layout
+        placement = contiguous_placement(self._phase.model, layout.experts)
+        ranks = [layout.coordinate(rank).expert for rank in range(len(results))]
+        seen: set[tuple[int, int]] = set()
+        slot_rows: list[dict[int, list[int]]] = []
+        for rank, result in zip(ranks, results):
+            new = {layer: load for layer, load in result.loads.items() if (layer, rank) not in seen}
+            seen |= {(layer, rank) for layer in new}
+            slot_rows.append(
+                {
+                    layer: [load[expert] for expert in placement.held[layer][rank]]
+                    for layer, load in new.items()
+                }
+            )
+        if not seen:
+            return {}
+        nodes = [info.node for info in self._gang.infos]
+        return tokens_by_place(slot_rows, placement, ranks, nodes)
 
     @property
     def _bytes_per_target(self) -> float:

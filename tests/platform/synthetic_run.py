@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dualray.parallel.layout import Layout
 from dualray.parallel.spans import SpanTuple
+from dualray.platform.loads import LoadsLog, Place
 from dualray.platform.metrics import CheckpointSaved, MetricsLog, StepMetrics, Switch, Yardsticks
 from dualray.platform.timeline import step_trace
 from dualray.platform.trace import Category, Span, Trace, write_trace
@@ -29,22 +30,58 @@ TOKENS_PER_STEP = 16_384
 TOKENS_PER_BYTE = 0.3
 
 
-def make_steps(
-    num_steps: int, *, layers: tuple[int, ...] = (1, 2, 3), num_experts: int = 16, eval_every=50
-) -> list[StepMetrics]:
-    """Curves that fall and balance that improves, with noise; the same ones every time."""
-    noise = random.Random(7)
-    steps = []
+Loads = dict[int, list[int]]
+LAYERS, NUM_EXPERTS = (1, 2, 3), 16
+
+
+def make_loads(
+    num_steps: int, *, layers: tuple[int, ...] = LAYERS, num_experts: int = NUM_EXPERTS
+) -> list[Loads]:
+    """Tokens of every expert by layer, step by step: balance that improves, with noise."""
+    noise = random.Random(8)
     taste = {layer: [noise.gauss(0, 0.9) for _ in range(num_experts)] for layer in layers}
+    steps = []
     for step in range(1, num_steps + 1):
-        loss = 4.6 + 3.7 * math.exp(-step / 70) - 0.35 * step / 600 + noise.gauss(0, 0.04)
         skew = 0.15 + math.exp(-step / 90)
         loads = {}
         for layer in layers:
             weights = [math.exp(skew * t + noise.gauss(0, 0.06)) for t in taste[layer]]
             scale = 4 * TOKENS_PER_STEP / sum(weights)
             loads[layer] = [round(weight * scale) for weight in weights]
-        vio = {k: max(v) * num_experts / sum(v) - 1 for k, v in loads.items()}
+        steps.append(loads)
+    return steps
+
+
+def write_loads(folder: Path, steps: list[Loads], *, nodes: tuple[str, ...]) -> None:
+    """The tables of a run whose expert ranks, one a node, hold equal runs of the experts."""
+    with LoadsLog.resume(folder, 0) as log:
+        for step, loads in enumerate(steps, start=1):
+            tokens = {}
+            for layer, load in loads.items():
+                for expert, count in enumerate(load):
+                    rank = expert * len(nodes) // len(load)
+                    tokens[Place(layer, expert, rank, nodes[rank])] = count
+            log.add(step, tokens)
+
+
+def make_steps(
+    num_steps: int,
+    *,
+    layers: tuple[int, ...] = LAYERS,
+    num_experts: int = NUM_EXPERTS,
+    eval_every=50,
+) -> list[StepMetrics]:
+    """Curves that fall and balance that improves, with noise; the same ones every time."""
+    noise = random.Random(7)
+    steps = []
+    summed = {layer: [0] * num_experts for layer in layers}
+    for step, loads in enumerate(make_loads(num_steps, layers=layers, num_experts=num_experts), 1):
+        loss = 4.6 + 3.7 * math.exp(-step / 70) - 0.35 * step / 600 + noise.gauss(0, 0.04)
+        summed = {k: [a + b for a, b in zip(v, loads[k])] for k, v in summed.items()}
+        vio, vio_run = (
+            {k: max(v) * num_experts / sum(v) - 1 for k, v in every.items()}
+            for every in (loads, summed)
+        )
         evaluated = step % eval_every == 0 or step == num_steps
         heldout = loss + 0.05
         steps.append(
@@ -62,7 +99,8 @@ def make_steps(
                 exposed_communication=0.125,
                 max_vio=max(vio.values(), default=None),
                 max_vio_per_layer=vio,
-                loads=loads,
+                max_vio_run=max(vio_run.values(), default=None),
+                max_vio_run_per_layer=vio_run,
                 heldout_loss=heldout if evaluated else None,
                 heldout_bits_per_byte=heldout * TOKENS_PER_BYTE / math.log(2)
                 if evaluated
@@ -125,6 +163,7 @@ def make_run(folder: Path, *, num_steps: int = 600) -> Path:
                 log.append(CheckpointSaved(step=metrics.step, seconds=0.75 + metrics.step / 1000))
         pids = (4101, 4102, 4103, 4104)
         log.append(Switch(seconds_to_first_token=0.83, workers_before=pids, workers_after=pids))
+    write_loads(folder / "loads", make_loads(num_steps), nodes=("10.0.0.1", "10.0.0.2"))
     write_trace(folder / "trace.json", make_trace(step=300))
     for step in (400, 600):
         (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -39,7 +40,8 @@ def step(number: int, **changes) -> StepMetrics:
         "exposed_communication": 0.125,
         "max_vio": 0.75,
         "max_vio_per_layer": {1: 0.5, 10: 0.75},
-        "loads": {1: (3, 1), 10: (7, 1)},
+        "max_vio_run": 0.25,
+        "max_vio_run_per_layer": {1: 0.25, 10: 0.125},
     }
     return StepMetrics(**{**values, **changes})
 
@@ -53,7 +55,8 @@ def write(path, *lines):
 
 def test_every_kind_of_line_is_read_back(tmp_path):
     evaluated = step(2, heldout_loss=4.5, heldout_bits_per_byte=2.0)
-    dense = step(3, mtp_loss=(), max_vio=None, max_vio_per_layer={}, loads={})
+    dense = step(3, mtp_loss=(), max_vio=None, max_vio_per_layer={}, max_vio_run=None)
+    dense = replace(dense, max_vio_run_per_layer={})
     saved = CheckpointSaved(step=2, seconds=1.5)
     path = write(tmp_path / "metrics.jsonl", YARDSTICKS, step(1), evaluated, saved, dense, SWITCH)
     assert read_metrics(path) == RunMetrics(
@@ -81,7 +84,8 @@ def test_lines_are_objects_with_the_documented_keys(tmp_path):
         "exposed_communication": 0.125,
         "max_vio": 0.75,
         "max_vio_per_layer": {"1": 0.5, "10": 0.75},
-        "loads": {"1": [3, 1], "10": [7, 1]},
+        "max_vio_run": 0.25,
+        "max_vio_run_per_layer": {"1": 0.25, "10": 0.125},
     }
     assert second == {
         "event": "switch",
@@ -180,9 +184,9 @@ def test_damage_in_the_middle_is_named(tmp_path, line, how):
     )
 
 
-def test_keys_and_events_of_later_versions_are_passed_over(tmp_path):
+def test_keys_and_events_of_other_versions_are_passed_over(tmp_path):
     path = write(tmp_path / "metrics.jsonl", step(1))
-    later = {**json.loads(path.read_text()), "step": 2, "novelty": 1}
+    later = {**json.loads(path.read_text()), "step": 2, "novelty": 1, "loads": {"1": [3, 1]}}
     path.write_text(path.read_text() + json.dumps(later) + '\n{"event":"moved","step":2}\n')
     assert [line.step for line in read_metrics(path).steps] == [1, 2]
 

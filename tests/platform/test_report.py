@@ -1,6 +1,7 @@
 """The report: one page that stands alone, shows the measured numbers and does without parts."""
 
 import dataclasses
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -8,16 +9,26 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import typer
-from synthetic_run import RUN_YAML, make_run, make_spans, make_steps, make_trace
+from synthetic_run import (
+    RUN_YAML,
+    make_loads,
+    make_run,
+    make_spans,
+    make_steps,
+    make_trace,
+    write_loads,
+)
 from typer.testing import CliRunner
 
 from dualray.errors import RunError
 from dualray.parallel.layout import Layout
 from dualray.platform.commands.report import report
+from dualray.platform.loads import LoadsLog, Place
 from dualray.platform.metrics import MetricsLog, Switch, read_metrics
 from dualray.platform.readable import count
 from dualray.platform.report import write_report
-from dualray.platform.report.experts import MAX_COLUMNS, layers_shown, relative_loads
+from dualray.platform.report.experts import has_places, layers_shown, places_figure
+from dualray.platform.report.loads import MAX_COLUMNS, read_history, relative_to_mean
 from dualray.platform.report.style import VARIABLES, smooth, thin
 from dualray.platform.report.timeline import timeline_figure
 from dualray.platform.trace import Category, Span, Trace, write_trace
@@ -106,8 +117,8 @@ def test_page_has_a_section_for_every_part(page):
         "From trainer to server",
         "Configuration",
     ]
-    assert page.tags.count("svg") == 7
-    assert page.tags.count("figure") == page.tags.count("figcaption") == 7
+    assert page.tags.count("svg") == 8
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 8
     assert all(caption.endswith(".") for caption in page.captions)
 
 
@@ -173,6 +184,9 @@ def test_text_states_run_layout_yardsticks_and_checkpoints(page):
         "The processes that trained are the processes that serve.",
         "worker 3 (pipeline 1, expert 1)",
         "layer 1",
+        "load of every node",
+        "10.0.0.2",
+        "worst layer, all steps so far",
     ):
         assert expected in words
     assert RUN_YAML.strip() in page.words
@@ -202,7 +216,7 @@ def test_run_without_steps(tmp_path):
 def test_run_of_one_step(tmp_path):
     page = page_of(bare_run(tmp_path / "a", make_steps(1)))
     assert page.headings == ["Learning", "Optimizer", "Experts", "Speed and checkpoints"]
-    assert page.tags.count("svg") == 6
+    assert page.tags.count("svg") == 5
 
 
 def test_dense_run_of_one_worker(tmp_path):
@@ -228,7 +242,7 @@ def test_run_that_diverged(tmp_path):
     evaluated = dataclasses.replace(steps[-1], heldout_bits_per_byte=math.nan)
     page = page_of(bare_run(tmp_path / "a", [*steps[:-1], evaluated]))
     assert page.tiles["Training loss"] == page.tiles["Held-out"] == "nan"
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 4
 
 
 def test_trace_alone(tmp_path):
@@ -279,20 +293,79 @@ def test_names_and_files_are_escaped(tmp_path):
     assert "i" not in page.tags
 
 
-def test_relative_loads_have_mean_one_and_bounded_columns():
-    steps = make_steps(500, layers=(4,), num_experts=8)
-    relative, first, last = relative_loads(steps, 4)
-    assert relative.shape == (8, MAX_COLUMNS)
-    assert (first, last) == (1, 500)
-    np.testing.assert_allclose(relative.mean(axis=0), 1.0)
-    one, _, _ = relative_loads(steps[:1], 4)
-    loads = np.asarray(steps[0].loads[4])
-    np.testing.assert_allclose(one[:, 0], loads / loads.mean())
+def history_of(folder, steps, nodes=("a",)):
+    write_loads(folder, steps, nodes=nodes)
+    history = read_history(folder)
+    assert history is not None
+    return history
 
 
-def test_many_layers_are_sampled_with_both_ends():
-    shown, total = layers_shown(make_steps(1, layers=tuple(range(3, 61)), num_experts=2))
+def test_relative_loads_have_mean_one_and_bounded_columns(tmp_path):
+    steps = make_loads(500, layers=(4,), num_experts=8)
+    history = history_of(tmp_path / "a", steps)
+    assert history.experts_LEC.shape == (1, 8, MAX_COLUMNS)
+    assert (history.first, history.last, history.layers) == (1, 500, (4,))
+    np.testing.assert_allclose(history.relative(4).mean(axis=0), 1.0)
+    # Every step is in one column, in order.
+    per_step = np.array([loads[4] for loads in steps]).T
+    np.testing.assert_array_equal(history.experts_LEC[0].sum(axis=1), per_step.sum(axis=1))
+    np.testing.assert_array_equal(history.experts_LEC[0, :, 0], per_step[:, :3].sum(axis=1))
+    np.testing.assert_array_equal(history.experts_LEC[0, :, -1], per_step[:, -2:].sum(axis=1))
+    one = history_of(tmp_path / "b", steps[:1]).relative(4)
+    np.testing.assert_allclose(one[:, 0], per_step[:, 0] / per_step[:, 0].mean())
+
+
+def test_many_layers_are_sampled_with_both_ends(tmp_path):
+    loads = make_loads(1, layers=tuple(range(3, 61)), num_experts=2)
+    shown, total = layers_shown(history_of(tmp_path, loads))
     assert (len(shown), total, shown[0], shown[-1]) == (12, 58, 3, 60)
+
+
+def test_places_are_compared_with_those_that_hold_the_layer(tmp_path):
+    """Layer 1 lives on nodes a and b, layer 2 on b alone; rank 1 has three quarters of layer 1."""
+    with LoadsLog.resume(tmp_path, 0) as log:
+        for step in (1, 3):
+            log.add(
+                step,
+                {
+                    Place(1, 0, 0, "a"): 10,
+                    Place(1, 1, 1, "b"): 30,
+                    Place(2, 0, 0, "b"): 7,
+                    Place(2, 1, 1, "b"): 7,
+                },
+            )
+    history = read_history(tmp_path)
+    assert history is not None
+    nodes = relative_to_mean(history.nodes_LNC)
+    np.testing.assert_allclose(nodes, [[0.5, np.nan, 0.5], [1.25, np.nan, 1.25]])
+    ranks = relative_to_mean(history.ranks_LRC)
+    np.testing.assert_allclose(ranks, [[0.75, np.nan, 0.75], [1.25, np.nan, 1.25]])
+    # A step without rows is a gap in the picture, not an idle one.
+    assert np.isnan(history.relative(1)[:, 1]).all()
+    assert "node" in places_figure(history)
+
+
+def test_a_single_place_is_not_compared(tmp_path):
+    one = history_of(tmp_path / "one", make_loads(3))
+    two = history_of(tmp_path / "two", make_loads(3), nodes=("a", "b"))
+    assert not has_places(one)
+    assert has_places(two)
+    svg = places_figure(two)
+    assert "load of every expert rank" in svg
+    assert "load of every node" in svg
+
+
+def test_a_run_of_before_loads_were_tables(tmp_path):
+    folder = bare_run(tmp_path / "a", make_steps(40))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["max_vio_run"], line["max_vio_run_per_layer"]
+        line["loads"] = {"1": [1, 2]}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(folder)
+    assert "Experts" in page.headings
+    assert page.tags.count("svg") == 5
+    assert any(caption.endswith("got twice its share.") for caption in page.captions)
 
 
 def test_thinning_keeps_the_mean_and_smoothing_skips_gaps():

@@ -53,8 +53,7 @@ def _sections(run: RunRecord) -> Iterator[str]:
                 "before clipping: spikes there are steps on which training was close to unstable.",
             ),
         )
-    if any(step.loads for step in steps):
-        yield _experts(metrics)
+    yield _experts(run)
     if run.trace is not None and timeline.step_spans(run.trace):
         yield _pipeline(run)
     if steps:
@@ -88,23 +87,34 @@ def _learning(metrics: RunMetrics) -> str:
     return html.section("Learning", body)
 
 
-def _experts(metrics: RunMetrics) -> str:
-    steps = metrics.steps
-    shown, total = experts.layers_shown(steps)
-    caption = (
-        "Tokens that each expert received, relative to the layer's mean: blue experts idle, "
-        "orange ones are overloaded, and a balanced layer fades into the background."
-    )
-    if len(shown) < total:
-        caption += f" {len(shown)} of {total} mixture-of-experts layers are shown."
-    body = html.figure(experts.loads_figure(steps), caption)
-    if any(step.max_vio is not None for step in steps):
-        body += html.figure(
-            experts.max_vio_figure(steps),
-            "MaxVio is how far the busiest expert of a layer lies above the mean: 0 is perfect "
-            "balance, 1 means that one expert got twice its share.",
+def _experts(run: RunRecord) -> str:
+    """Empty for a run without experts."""
+    steps, loads, body = run.metrics.steps, run.loads, ""
+    if loads is not None:
+        shown, total = experts.layers_shown(loads)
+        caption = (
+            "Tokens that each expert received, relative to the layer's mean: blue experts idle, "
+            "orange ones are overloaded, and a balanced layer fades into the background."
         )
-    return html.section("Experts", body)
+        if len(shown) < total:
+            caption += f" {len(shown)} of {total} mixture-of-experts layers are shown."
+        body += html.figure(experts.loads_figure(loads), caption)
+        if experts.has_places(loads):
+            body += html.figure(
+                experts.places_figure(loads),
+                "Tokens that the experts of each place computed, relative to the mean of the "
+                "places that hold the layer and averaged over the layers: what is orange keeps "
+                "the others waiting.",
+            )
+    if any(step.max_vio is not None for step in steps):
+        caption = (
+            "MaxVio is how far the busiest expert of a layer lies above the mean: 0 is perfect "
+            "balance, 1 means that one expert got twice its share."
+        )
+        if any(step.max_vio_run is not None for step in steps):
+            caption += " Over all steps so far what varies from step to step evens out."
+        body += html.figure(experts.max_vio_figure(steps), caption)
+    return html.section("Experts", body) if body else ""
 
 
 def _pipeline(run: RunRecord) -> str:

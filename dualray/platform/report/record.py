@@ -12,6 +12,7 @@ import yaml
 from dualray.errors import ConfigError, RunError
 from dualray.parallel.layout import Layout
 from dualray.platform.metrics import RunMetrics, read_metrics
+from dualray.platform.report.loads import LoadHistory, read_history
 from dualray.platform.trace import Trace, read_trace
 
 # A folder with one of these was written by a run.
@@ -31,6 +32,8 @@ class RunRecord:
     state: dict[str, Any]
     """The parsed run.json."""
     metrics: RunMetrics
+    loads: LoadHistory | None = None
+    """Who computed how many tokens; None without experts, and in runs from before tables."""
     trace: Trace | None = None
     kept_checkpoints: tuple[str, ...] = ()
     """Committed checkpoints that are still in the folder, by step."""
@@ -75,6 +78,7 @@ def read_run(folder: Path) -> RunRecord:
         config=config,
         state=state,
         metrics=read_metrics(folder / "metrics.jsonl"),
+        loads=read_history(folder / "loads"),
         trace=trace if trace is not None and trace.spans else None,
         kept_checkpoints=tuple(committed),
     )
