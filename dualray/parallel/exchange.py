@@ -10,7 +10,9 @@ starts these messages, since starting one can take milliseconds.
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,6 +44,9 @@ class Exchange:
         """Where journeys are noted; None where nobody asks."""
         self.waited_s = 0.0
         """Seconds in which a message was waited for and nothing was computed."""
+        self.sent_bytes: Counter[int] = Counter()
+        """Bytes that went to each other rank of the groups, counts of rows included. All groups
+        that one exchange serves have the same ranks in the same order."""
         self._couriers: dict[Group, ThreadPoolExecutor] = {}
 
     def __call__(
@@ -103,6 +108,10 @@ class Exchange:
     def _start(
         self, out: Tensor, rows: Tensor, receive: list[int], send: list[int], group: Group
     ) -> _Journey:
+        row_bytes = rows.element_size() * math.prod(rows.shape[1:])
+        for rank, count in enumerate(send):
+            if count and rank != group.rank():
+                self.sent_bytes[rank] += count * row_bytes
         if rows.is_cuda:
             work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
             assert work is not None
