@@ -73,18 +73,6 @@ def place_experts(
     )
 
 
-def device_loads(
-    load_LE: Floats, physical_to_logical: Ints, slots_per_device: Sequence[int] | Ints
-) -> Floats:
-    """[L, D]: every device's load if an expert's load is split evenly over its copies."""
-    loads = []
-    device_S = np.repeat(np.arange(len(slots_per_device)), slots_per_device)
-    for load_E, expert_S in zip(load_LE, physical_to_logical):
-        share_E = load_E / np.maximum(np.bincount(expert_S, minlength=len(load_E)), 1)
-        loads.append(np.bincount(device_S, share_E[expert_S], minlength=len(slots_per_device)))
-    return np.stack(loads)
-
-
 def node_limits(
     num_experts: int, slots_D: Ints, node_D: Ints, num_groups: int
 ) -> list[tuple[Ints, Ints]]:
@@ -149,7 +137,7 @@ def _pack(
     if limits:
         size = load_LE.shape[1] // num_groups
         load_LG = load_LE.reshape(len(load_LE), num_groups, size).sum(axis=2)
-        speed_N = np.bincount(node_D, speed_D)
+        speed_N = np.bincount(node_D, speed_D).astype(np.float64)
         node_LE = np.repeat(_groups_to_nodes(load_LG, speed_N, *limits), size, axis=1)
     placed_LS = np.empty((len(load_LE), slots_D.sum()), dtype=np.int64)
     node_S = np.repeat(node_D, slots_D)

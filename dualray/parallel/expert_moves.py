@@ -1,0 +1,94 @@
+"""What has to travel between expert ranks to get from one placement to another, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dualray.errors import ConfigError
+from dualray.parallel.slots import ExpertPlacement
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertMove:
+    """One expert of one layer from rank to rank, on every mirror and replica alike."""
+
+    layer: int
+    expert: int
+    source: int
+    """Expert rank that has what travels; for a home's state, the rank of the old home."""
+    target: int
+    weights: bool
+    """Weights travel: the target had no copy."""
+    state: bool
+    """Master weights and moments travel: the home moves to the target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveCost:
+    """What moving costs. While serving there is no state: `state_bytes` is 0."""
+
+    weight_bytes: int
+    """Weights of one expert of one layer."""
+    state_bytes: int
+    """Master weights and both moments of one expert of one layer."""
+    bytes_per_s: float
+    """Of all moving together, above 0."""
+    overhead_s: float = 0.0
+    """Of a migration whatever it moves: groups and buffers that are built anew."""
+
+    def __post_init__(self) -> None:
+        if not (self.weight_bytes >= 0 and self.state_bytes >= 0 and self.overhead_s >= 0):
+            raise ConfigError(
+                f"moving an expert costs {self.weight_bytes} and {self.state_bytes} bytes and "
+                f"{self.overhead_s} s, and none of them may be negative",
+                hint="give 0 for what does not travel",
+            )
+        if not self.bytes_per_s > 0:
+            raise ConfigError(
+                f"experts move at {self.bytes_per_s} bytes a second, which must be above 0",
+                hint="measure it, or leave it at its default",
+            )
+
+    def size(self, moves: Iterable[ExpertMove]) -> int:
+        """Bytes that travel, counted once however many mirrors and replicas do it."""
+        return sum(
+            self.weight_bytes * move.weights + self.state_bytes * move.state for move in moves
+        )
+
+
+def moves_between(
+    old: ExpertPlacement, new: ExpertPlacement, layer: int, nodes: Sequence[int]
+) -> list[ExpertMove]:
+    """Moves of `layer` from `old` to `new`, by target and expert.
+
+    `nodes` are the ranks' nodes. Weights come from the home if its state travels anyhow, else
+    from a copy on the target's own node if there is one, else from the home.
+    """
+    holders: dict[int, list[int]] = {}
+    for rank, experts in enumerate(old.held[layer]):
+        for expert in experts:
+            holders.setdefault(expert, []).append(rank)
+    homes = old.home_ranks(layer)
+    moves = []
+    for target, experts in enumerate(new.held[layer]):
+        settled = set(new.homes(layer, target))
+        for expert in sorted(experts):
+            home = homes[expert]
+            state = expert in settled and home != target
+            weights = target not in holders[expert]
+            if not (state or weights):
+                continue
+            near = [rank for rank in holders[expert] if nodes[rank] == nodes[target]]
+            source = home if state or home in near or not near else near[0]
+            moves.append(
+                ExpertMove(
+                    layer=layer,
+                    expert=expert,
+                    source=source,
+                    target=target,
+                    weights=weights,
+                    state=state,
+                )
+            )
+    return moves
