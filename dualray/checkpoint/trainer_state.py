@@ -16,6 +16,7 @@ from dualray.checkpoint.reader import Reader
 from dualray.checkpoint.writer import Piece
 from dualray.model.init import LogicalSlice, logical_tensors
 from dualray.parallel.held import EMBEDDING
+from dualray.parallel.reshard import assemble, cut
 from dualray.parallel.trainer import Trainer
 
 EMBEDDING_LOGICAL = f"model.{EMBEDDING}"
@@ -43,7 +44,7 @@ def pieces(trainer: Trainer) -> Iterator[Piece]:
     yield from weight_pieces(trainer)
     slices = _state_slices(trainer)
     for name, kind, start, values in trainer.optimizer.state_pieces():
-        for part, part_start, chunk in _cut(slices[name], start, values):
+        for part, part_start, chunk in cut(slices[name], start, values):
             yield Piece(
                 name=state_name(kind, part.name), shape=part.shape, start=part_start, tensor=chunk
             )
@@ -62,7 +63,7 @@ def restore_weights(trainer: Trainer, reader: Reader) -> None:
     copy = trainer.held.embedding_copy
     if copy is not None:
         reader.read_into(EMBEDDING_LOGICAL, copy.weight)
-    trainer.optimizer.refresh_masters()
+    trainer.weights_were_written()
 
 
 def restore(trainer: Trainer, reader: Reader, *, step: int) -> None:
@@ -71,14 +72,10 @@ def restore(trainer: Trainer, reader: Reader, *, step: int) -> None:
     slices = _state_slices(trainer)
 
     def read(name: str, kind: str, start: int, count: int) -> Tensor:
-        out = torch.empty(count, dtype=torch.float32)
-        for part in slices[name]:
-            low, high = max(part.start, start), min(part.start + part.numel, start + count)
-            if low < high:
-                values = reader.read(state_name(kind, part.name), low - part.start, high - low)
-                out = out.to(values.dtype)
-                out[low - start : high - start] = values
-        return out
+        def fetch(part: LogicalSlice, low: int, length: int) -> Tensor:
+            return reader.read(state_name(kind, part.name), low, length)
+
+        return assemble(slices[name], start, count, fetch)
 
     trainer.optimizer.load_state(read, step_count=step)
 
@@ -93,14 +90,3 @@ def _state_slices(trainer: Trainer) -> dict[str, list[LogicalSlice]]:
     shape = (trainer.model.vocab_size, trainer.model.hidden_size)
     embedding = LogicalSlice(name=EMBEDDING_LOGICAL, shape=shape, start=0)
     return trainer.held.slices() | {EMBEDDING: [embedding]}
-
-
-def _cut(
-    slices: list[LogicalSlice], start: int, values: Tensor
-) -> Iterator[tuple[LogicalSlice, int, Tensor]]:
-    """The parts of a parameter's flat range [start, start + len) that fall in each slice."""
-    end = start + values.numel()
-    for part in slices:
-        low, high = max(part.start, start), min(part.start + part.numel, end)
-        if low < high:
-            yield part, low - part.start, values[low - start : high - start]

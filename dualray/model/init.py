@@ -49,21 +49,7 @@ def logical_slices(stage: Stage) -> dict[str, list[LogicalSlice]]:
         prefix = "" if module_name == "lm_head" else "model."
         dot = f"{module_name}." if module_name else ""
         if isinstance(module, Experts):
-            _, two_width, hidden = module.gate_up_proj.shape
-            width = two_width // 2
-            gate_up, down = [], []
-            for expert in module.ids:
-                gate_up.append((f"{expert}.gate_proj.weight", (width, hidden)))
-                gate_up.append((f"{expert}.up_proj.weight", (width, hidden)))
-                down.append((f"{expert}.down_proj.weight", (hidden, width)))
-            homes = module.num_homes
-            gate_ups, downs = _split(prefix + dot, gate_up), _split(prefix + dot, down)
-            result[f"{dot}gate_up_proj"] = [
-                replace(part, is_copy=index >= 2 * homes) for index, part in enumerate(gate_ups)
-            ]
-            result[f"{dot}down_proj"] = [
-                replace(part, is_copy=index >= homes) for index, part in enumerate(downs)
-            ]
+            result |= expert_slices(module, dot, prefix=prefix)
             continue
         parent = dot.removesuffix(f"{module_name.rpartition('.')[2]}.")
         for name, tensor in _own_tensors(module):
@@ -78,6 +64,26 @@ def logical_slices(stage: Stage) -> dict[str, list[LogicalSlice]]:
             else:
                 result[f"{dot}{name}"] = _split(prefix + dot, [(name, shape)])
     return result
+
+
+def expert_slices(
+    module: Experts, dot: str, *, prefix: str = "model."
+) -> dict[str, list[LogicalSlice]]:
+    """What an expert group's weights hold; `dot` is the module's name and a dot."""
+    _, two_width, hidden = module.gate_up_proj.shape
+    width = two_width // 2
+    gate_up, down = [], []
+    for expert in module.ids:
+        gate_up.append((f"{expert}.gate_proj.weight", (width, hidden)))
+        gate_up.append((f"{expert}.up_proj.weight", (width, hidden)))
+        down.append((f"{expert}.down_proj.weight", (hidden, width)))
+    return {
+        f"{dot}{name}": [
+            replace(part, is_copy=index >= each * module.num_homes)
+            for index, part in enumerate(_split(prefix + dot, parts))
+        ]
+        for name, parts, each in (("gate_up_proj", gate_up, 2), ("down_proj", down, 1))
+    }
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

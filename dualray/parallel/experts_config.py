@@ -102,7 +102,7 @@ class ExpertsConfig:
         if self.fp8_dispatch or self.dispatch == "node_limited":
             field = "fp8_dispatch" if self.fp8_dispatch else "dispatch"
             raise ConfigError(
-                f"experts.{field} is {getattr(self, field)} and layout.experts is 1, where no token "
-                "is sent to an expert",
+                f"experts.{field} is {getattr(self, field)} and layout.experts is 1, where no "
+                "token is sent to an expert",
                 hint=f"raise layout.experts, or remove experts.{field}",
             )

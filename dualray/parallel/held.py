@@ -125,7 +125,7 @@ class HeldStages:
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The routed experts' stacked weights, redundant copies included."""
         return {
-            f"layers.{layer}.mlp.experts.{name}": parameter
+            expert_prefix(layer) + name: parameter
             for layer, module in self.experts().items()
             for name, parameter in module.named_parameters(recurse=False)
         }
@@ -138,6 +138,12 @@ class HeldStages:
             for layer, experts in experts_of(stage).items()
         }
 
+    def put_experts(self, layer: int, experts: Experts) -> None:
+        """Replace a layer's expert group."""
+        for stage in self.stages.values():
+            if layer in experts_of(stage):
+                stage.get_submodule(f"layers.{layer}.mlp").experts = experts
+
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {n: p for stage in self.stages.values() for n, p in stage.named_parameters()}
 
@@ -148,6 +154,11 @@ class HeldStages:
     def slices(self) -> dict[str, list[LogicalSlice]]:
         """The logical tensors in each of `tensors()`."""
         return {n: s for stage in self.stages.values() for n, s in logical_slices(stage).items()}
+
+
+def expert_prefix(layer: int) -> str:
+    """What names of the parameters of a layer's expert group begin with."""
+    return f"layers.{layer}.mlp.experts."
 
 
 def experts_of(stage: Stage) -> dict[int, Experts]:

@@ -145,6 +145,51 @@ class Optimizer(Protocol):
         ...
 
 
+class Joined:
+    """Several optimizers as one, which act in turn."""
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        self.parts = list(parts)
+
+    @property
+    def step_count(self) -> int:
+        return self.parts[0].step_count if self.parts else 0
+
+    def reduce(self) -> None:
+        for part in self.parts:
+            part.reduce()
+
+    def squared_norm(self) -> Tensor:
+        # A scalar on the CPU joins those of any device.
+        zero = torch.zeros((), dtype=torch.float64)
+        return sum((part.squared_norm() for part in self.parts), start=zero)
+
+    def scale(self, factor: float) -> None:
+        for part in self.parts:
+            part.scale(factor)
+
+    def step(self, lr: float) -> None:
+        for part in self.parts:
+            part.step(lr)
+
+    def state_pieces(self) -> Iterator[Piece]:
+        for part in self.parts:
+            yield from part.state_pieces()
+
+    def load_state(self, read: Read, *, step_count: int) -> None:
+        for part in self.parts:
+            part.load_state(read, step_count=step_count)
+
+    def refresh_masters(self) -> None:
+        for part in self.parts:
+            part.refresh_masters()
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+        self.parts.clear()
+
+
 def make_optimizer(groups: Sequence[ParamGroup], config: OptimizerConfig) -> Optimizer:
     """Builds `config.kind` over this rank's groups.
 

@@ -22,21 +22,26 @@ from dualray.model.moe import LocalDispatch
 from dualray.model.stage import IGNORED_LABEL
 from dualray.parallel.balance import global_loads, max_violation, update_biases
 from dualray.parallel.batches import Slicer, TokenSource
+from dualray.parallel.dense_groups import dense_groups_of
 from dualray.parallel.dispatch import AllToAllDispatch
 from dualray.parallel.exchange import Exchange
 from dualray.parallel.executor import Executor
-from dualray.parallel.groups import Groups, Rendezvous, Ways, join, leave
-from dualray.parallel.held import EMBEDDING, HeldStages
+from dualray.parallel.expert_groups import ExpertGroups, Moved
+from dualray.parallel.expert_meter import ExpertMeter, ExpertWork
+from dualray.parallel.groups import Rendezvous, Ways, join, leave
+from dualray.parallel.held import HeldStages
 from dualray.parallel.layout import Layout
 from dualray.parallel.lr import lr_at
+from dualray.parallel.make_dispatch import make_dispatch
 from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
-from dualray.parallel.optimizer import ParamGroup, make_optimizer
+from dualray.parallel.nodes import NodeMap
+from dualray.parallel.optimizer import Joined, make_optimizer
 from dualray.parallel.p2p import PipelineLinks
 from dualray.parallel.phases import Phase
 from dualray.parallel.slots import ExpertPlacement
 from dualray.parallel.spans import OPTIMIZER, SpanTuple
 from dualray.parallel.train_config import TrainConfig
-from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
+from dualray.parallel.weight_grads import WeightGrads
 from dualray.schedule.forward_only import forward_only
 from dualray.schedule.make import make_schedule
 
@@ -49,6 +54,8 @@ class StepResult:
     `bubble` and `exposed_communication` are shares of the walk, from its start to the end of the
     last worker's, averaged over the workers: what each waited for other pipeline ranks or was
     done already, and what it waited for expert ranks with nothing to compute.
+    `slot_rows` are the rows that this worker's slots were sent, `expert_s` the seconds in which its
+    routed experts computed on them in forwards, both by layer.
     `spans` are what this worker did when.
     """
 
@@ -62,6 +69,8 @@ class StepResult:
     step_time_s: float
     loads: dict[int, list[int]]
     max_vio: dict[int, float]
+    slot_rows: dict[int, list[int]]
+    expert_s: dict[int, float]
     spans: list[SpanTuple]
 
 
@@ -90,17 +99,19 @@ class Trainer:
         first_step: int = 0,
         hosted: dist.TCPStore | None = None,
         only_serves: bool = False,
+        nodes: NodeMap | None = None,
     ) -> None:
         """Builds the stages and joins the others; `hosted` is rank 0's rendezvous store.
 
         The learning rate of `train` counts its steps from `first_step`. `only_serves` leaves
-        gradients and optimizer state out.
+        gradients and optimizer state out. `nodes` says which expert ranks of a stage are on one
+        node, if tokens are to cross between nodes once.
         """
         self.model, self.layout, self.train = model, layout, train
-        self.placement, self.rank = placement, rank
+        self.rank = rank
         self.at = layout.coordinate(rank)
         self.device = device
-        self.first_step = first_step
+        self.first_step, self.nodes = first_step, nodes
         self.schedule = make_schedule(layout.schedule, layout.pipeline, train.micro_batches)
         self.held = HeldStages(
             model,
@@ -114,12 +125,21 @@ class Trainer:
         )
         self.groups = join(layout, self.schedule, rank, rendezvous, device=device, hosted=hosted)
         self.weight_grads = WeightGrads()
-        param_groups = [] if only_serves else param_groups_of(self.held, self.groups)
-        self.optimizer = make_optimizer(param_groups, train.optimizer_config())
         exchange = Exchange()
-        self.dispatches: list[ExpertDispatch] = [
-            self._dispatch(ways, exchange) for ways in self.groups.dispatch
-        ]
+        config = train.optimizer_config()
+        self.experts = ExpertGroups(
+            self.held,
+            self.groups,
+            placement,
+            self.at.expert,
+            exchange,
+            None if only_serves else config,
+        )
+        param_groups = [] if only_serves else dense_groups_of(self.held, self.groups)
+        self.optimizer = Joined([make_optimizer(param_groups, config), self.experts.optimizer])
+        self.meter = ExpertMeter()
+        self.meter.watch(self.held.experts())
+        self.dispatches = [self._dispatch(ways, exchange) for ways in self.groups.dispatch]
         self.links = PipelineLinks(self.groups.channels, self.groups.pipeline_ranks)
         self.executor = Executor(
             self.held,
@@ -162,7 +182,32 @@ class Trainer:
     def _dispatch(self, ways: Ways, exchange: Exchange) -> ExpertDispatch:
         if self.layout.experts == 1:
             return LocalDispatch(self.model.n_routed_experts)
-        return AllToAllDispatch(self.placement, ways, self.device, exchange)
+        return make_dispatch(
+            self.placement, ways, self.device, exchange, rows=self.meter.rows, nodes=self.nodes
+        )
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """Where experts are at present."""
+        return self.experts.placement
+
+    def move_experts(self, placement: ExpertPlacement) -> Moved:
+        """Let experts live elsewhere from now on, between two steps. A collective over the world.
+
+        Weights, master weights and moments move with them. Raises what the exchange raises if a
+        worker is lost meanwhile; the old placement is whole then.
+        """
+        moved = self.experts.move(placement)
+        self.meter.watch(moved.experts)
+        for dispatch in self.dispatches:
+            assert isinstance(dispatch, AllToAllDispatch), "a single rank has all experts"
+            dispatch.place(placement)
+        return moved
+
+    def weights_were_written(self) -> None:
+        """Somebody else wrote the weights: let the optimizer's masters follow."""
+        self.experts.weights_were_written()
+        self.optimizer.refresh_masters()
 
     def step(self, step: int, source: TokenSource, *, timed: bool = False) -> StepResult:
         """Optimizer step number `step`, counted from 0. A collective over the world.
@@ -172,20 +217,24 @@ class Trainer:
         move.
         """
         started = time.perf_counter()
+        self.meter.take()
         batches = self.slicer.micro_batches(source, step)
         targets = self._count_targets(batches)
         sums = self.executor.run(self.schedule, batches, self._objective(targets), timed=timed)
+        work = self.meter.take()
         with sums.spans.noted("sum gradients", OPTIMIZER):
+            self.experts.send_gradients_home()
             self.optimizer.reduce()
         with sums.spans.noted("clip", OPTIMIZER):
             norm = self._clip(step)
         lr = lr_at(step - self.first_step, self.train.learning_rate())
         with sums.spans.noted("optimizer", OPTIMIZER):
             self.optimizer.step(lr)
+            self.experts.take_weights()
         with sums.spans.noted("balance", OPTIMIZER):
             loads = global_loads(sums.loads, self.groups.dense)
             update_biases(self.held.routers(), loads, self.train.gamma_at(step))
-        return self._result(sums, targets, loads, norm, lr, started)
+        return self._result(sums, work, targets, loads, norm, lr, started)
 
     def _count_targets(self, batches: dict[tuple[int, int], MicroBatch]) -> list[int]:
         """Valid targets per depth over all workers."""
@@ -223,6 +272,7 @@ class Trainer:
     def _result(
         self,
         sums: StepSums,
+        work: ExpertWork,
         targets: list[int],
         loads: dict[int, Tensor],
         norm: float,
@@ -253,6 +303,8 @@ class Trainer:
             step_time_s=time.perf_counter() - started,
             loads={layer: load.tolist() for layer, load in loads.items()},
             max_vio={layer: max_violation(load) for layer, load in loads.items()},
+            slot_rows=work.slot_rows or {k: load.tolist() for k, load in sums.loads.items()},
+            expert_s=work.seconds,
             spans=sums.spans.taken,
         )
 
@@ -275,33 +327,3 @@ class Trainer:
         self.executor.close()
         self.optimizer.close()
         leave()
-
-
-def param_groups_of(held: HeldStages, groups: Groups) -> list[ParamGroup]:
-    """The worker's parameters by who shares them, each with its `main_grad` attached.
-
-    An embedding that the last stage copies has its own group over both ends of the
-    pipeline, which sums the gradients of the two uses.
-    """
-    dense, expert = held.dense_parameters(), held.expert_parameters()
-    embedding = {}
-    if held.embedding_copy is not None:
-        embedding[EMBEDDING] = held.embedding_copy.weight
-    elif EMBEDDING in dense and held.embedding_is_copied:
-        embedding[EMBEDDING] = dense.pop(EMBEDDING)
-    result = []
-    for params, group, ranks in (
-        (dense, groups.dense, groups.dense_ranks),
-        (expert, groups.expert, groups.expert_ranks),
-        (embedding, groups.embedding, groups.embedding_ranks),
-    ):
-        if params:
-            attach_main_grads(params.values())
-            result.append(
-                ParamGroup(
-                    params=list(params.items()),
-                    process_group=group if len(ranks) > 1 else None,
-                    group_ranks=ranks,
-                )
-            )
-    return result

@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from dualray.parallel.adamw import BUCKET_NUMEL, AdamW, init_state, new_adamw
 from dualray.parallel.optimizer import (
     STATE_KINDS,
+    Joined,
     Optimizer,
     OptimizerConfig,
     ParamGroup,
@@ -35,61 +36,22 @@ from dualray.parallel.optimizer import (
 )
 
 
-class Zero1:
+class Zero1(Joined):
     """One sharded optimizer per group and dtype; groups that only this rank holds stay plain."""
 
     def __init__(self, groups: Sequence[ParamGroup], config: OptimizerConfig) -> None:
-        self._parts: list[Optimizer] = []
+        parts: list[Optimizer] = []
         shared = [group for group in groups if group.size > 1]
         if shared:
             _attach_deepspeed(shared[0].params[0][1].device)
         for group in groups:
             if group.size == 1:
                 # A cut over one rank is no cut.
-                self._parts.append(AdamW([group], config))
+                parts.append(AdamW([group], config))
                 continue
-            for dtype in dict.fromkeys(param.dtype for _, param in group.params):
-                self._parts.append(_Sharded(group, dtype, config))
-        self._device = next((p.device for g in groups for _, p in g.params), torch.device("cpu"))
-
-    @property
-    def step_count(self) -> int:
-        return self._parts[0].step_count if self._parts else 0
-
-    def reduce(self) -> None:
-        for part in self._parts:
-            part.reduce()
-
-    def squared_norm(self) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for part in self._parts:
-            total += part.squared_norm()
-        return total
-
-    def scale(self, factor: float) -> None:
-        for part in self._parts:
-            part.scale(factor)
-
-    def step(self, lr: float) -> None:
-        for part in self._parts:
-            part.step(lr)
-
-    def state_pieces(self) -> Iterator[Piece]:
-        for part in self._parts:
-            yield from part.state_pieces()
-
-    def load_state(self, read: Read, *, step_count: int) -> None:
-        for part in self._parts:
-            part.load_state(read, step_count=step_count)
-
-    def refresh_masters(self) -> None:
-        for part in self._parts:
-            part.refresh_masters()
-
-    def close(self) -> None:
-        for part in self._parts:
-            part.close()
-        self._parts.clear()
+            dtypes = dict.fromkeys(param.dtype for _, param in group.params)
+            parts += [_Sharded(group, dtype, config) for dtype in dtypes]
+        super().__init__(parts)
 
 
 class _Sharded:

@@ -11,7 +11,7 @@ from dualray.data.loader import IGNORED
 from dualray.model.config import ModelConfig
 from dualray.parallel.groups import Rendezvous
 from dualray.parallel.layout import Layout
-from dualray.parallel.slots import contiguous_placement
+from dualray.parallel.slots import ExpertPlacement, contiguous_placement
 from dualray.parallel.train_config import TrainConfig
 from dualray.parallel.trainer import Trainer
 
@@ -61,12 +61,13 @@ def make_trainer(
     port: int,
     *,
     first_step: int = 0,
+    placement: ExpertPlacement | None = None,
 ) -> Trainer:
     return Trainer(
         model=model,
         layout=layout,
         train=train,
-        placement=contiguous_placement(model, layout.experts),
+        placement=placement or contiguous_placement(model, layout.experts),
         rank=rank,
         rendezvous=Rendezvous(host="127.0.0.1", port=port, timeout_s=60),
         seed=5,

@@ -1,0 +1,208 @@
+"""The routed experts of one worker: their optimizer, their copies elsewhere, and how they move.
+
+Everything is kept layer by layer, so that a migration touches nothing but the layers that change.
+It happens between steps, among living processes. All that is new is built aside: weights come
+from the former homes over the expert ranks of the stage, master weights and moments from whoever
+owns a part of them, mirrors and replicas included. When every worker has everything, all put it
+into place; until then the old placement is whole, whoever is lost.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from dualray.model.init import LogicalSlice, expert_slices
+from dualray.model.moe import Experts
+from dualray.parallel.exchange import Exchange
+from dualray.parallel.groups import Groups
+from dualray.parallel.held import HeldStages, expert_prefix
+from dualray.parallel.optimizer import (
+    Joined,
+    Optimizer,
+    OptimizerConfig,
+    ParamGroup,
+    make_optimizer,
+)
+from dualray.parallel.redundant import Copies, from_former_homes
+from dualray.parallel.reshard import Wanted, assemble, cut, swap_ranges, wanted
+from dualray.parallel.slots import ExpertPlacement
+from dualray.parallel.weight_grads import attach_main_grads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """What a migration took on one worker."""
+
+    experts: dict[int, Experts]
+    """The new expert groups of the layers that changed."""
+    received_bytes: int
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class _Layer:
+    experts: Experts
+    copies: Copies
+    optimizer: Optimizer | None
+
+
+class ExpertGroups:
+    """One worker's expert groups. Its methods are collectives over the copies of its stages."""
+
+    def __init__(
+        self,
+        held: HeldStages,
+        groups: Groups,
+        placement: ExpertPlacement,
+        rank: int,
+        exchange: Exchange,
+        config: OptimizerConfig | None,
+    ) -> None:
+        """`rank` is the expert rank; without `config` nothing is trained."""
+        self.placement = placement
+        self._held, self._groups, self._rank = held, groups, rank
+        self._exchange, self._config = exchange, config
+        self._layers = {
+            layer: self._layer(layer, experts, placement)
+            for layer, experts in sorted(held.experts().items())
+        }
+        self.optimizer = Joined([])
+        self._join()
+
+    def send_gradients_home(self) -> None:
+        for layer in self._layers.values():
+            layer.copies.send_gradients_home()
+
+    def take_weights(self) -> None:
+        for layer in self._layers.values():
+            layer.copies.take_weights()
+
+    def weights_were_written(self) -> None:
+        for layer in self._layers.values():
+            layer.copies.weights_were_written()
+
+    def move(self, placement: ExpertPlacement) -> Moved:
+        """Let experts be where `placement` says. Every worker of the stages' copies must call it.
+
+        Raises what the exchange raises if a worker is lost; nothing has changed then.
+        """
+        started = time.perf_counter()
+        fresh: dict[int, _Layer] = {}
+        received = 0
+        for layer, present in self._layers.items():
+            if _differs(self.placement, placement, layer):
+                fresh[layer], num_bytes = self._moved(layer, present, placement)
+                received += num_bytes
+        # Nobody changes anything before all have everything.
+        dist.barrier(group=self._groups.dense)
+        for layer, present in fresh.items():
+            former = self._layers[layer]
+            if former.optimizer is not None:
+                former.optimizer.close()
+            self._layers[layer] = present
+            self._held.put_experts(layer, present.experts)
+        self.placement = placement
+        self._join()
+        return Moved(
+            experts={layer: present.experts for layer, present in fresh.items()},
+            received_bytes=received,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _join(self) -> None:
+        parts = [layer.optimizer for layer in self._layers.values()]
+        self.optimizer.parts[:] = [part for part in parts if part is not None]
+
+    def _layer(self, layer: int, experts: Experts, placement: ExpertPlacement) -> _Layer:
+        group = self._groups.dispatch[0].rows
+        copies = Copies(layer, experts, placement, self._rank, self._exchange, group)
+        if self._config is None:
+            return _Layer(experts=experts, copies=copies, optimizer=None)
+        attach_main_grads(experts.parameters())
+        ranks = self._groups.expert_ranks
+        params = [(expert_prefix(layer) + name, home) for name, home in copies.homes().items()]
+        of_homes = ParamGroup(
+            params=params,
+            process_group=self._groups.expert if len(ranks) > 1 else None,
+            group_ranks=ranks,
+        )
+        optimizer = make_optimizer([of_homes], self._config)
+        return _Layer(experts=experts, copies=copies, optimizer=optimizer)
+
+    def _moved(self, layer: int, former: _Layer, placement: ExpertPlacement) -> tuple[_Layer, int]:
+        """The layer as it will be, beside what it is, and the bytes that came for it."""
+        experts, num_bytes = self._moved_experts(layer, former.experts, placement)
+        fresh = self._layer(layer, experts, placement)
+        if former.optimizer is None or fresh.optimizer is None:
+            return fresh, num_bytes
+        names = expert_slices(former.experts, expert_prefix(layer))
+        have = [
+            (part.name, kind, start, values)
+            for name, kind, first, flat in former.optimizer.state_pieces()
+            for part, start, values in cut(names[name], first, flat)
+        ]
+        fresh_names = expert_slices(experts, expert_prefix(layer))
+        want = _wanted_state(fresh.optimizer, fresh_names)
+        like = torch.empty(
+            0,
+            dtype=torch.promote_types(next(experts.parameters()).dtype, torch.float32),
+            device=next(experts.parameters()).device,
+        )
+        found = swap_ranges(have, want, self._exchange, self._groups.dense, like)
+
+        def read(name: str, kind: str, start: int, count: int) -> Tensor:
+            def fetch(part: LogicalSlice, low: int, length: int) -> Tensor:
+                return found[part.name, kind, low, length]
+
+            return assemble(fresh_names[name], start, count, fetch)
+
+        fresh.optimizer.load_state(read, step_count=former.optimizer.step_count)
+        state = sum(values.nbytes for values in found.values())
+        return fresh, num_bytes + state
+
+    @torch.no_grad()
+    def _moved_experts(
+        self, layer: int, former: Experts, placement: ExpertPlacement
+    ) -> tuple[Experts, int]:
+        route = from_former_homes(self.placement, placement, layer, self._rank)
+        ids = placement.held[layer][self._rank]
+        with torch.device("meta"):
+            experts = Experts(self._held.config, ids)
+        experts.num_homes = placement.num_homes[layer][self._rank]
+        stays = {slot: former.ids.index(e) for slot, e in enumerate(ids) if e in former.ids}
+        received = 0
+        for name, weight in former.named_parameters(recurse=False):
+            moved = weight.new_empty(len(ids), *weight.shape[1:])
+            moved[list(stays)] = weight[list(stays.values())]
+            label = f"moving experts {layer} {name}"
+            group = self._groups.dispatch[0].rows
+            arrived = route.carry(weight, self._exchange, group, label)
+            moved[route.places] = arrived.view(-1, *weight.shape[1:])
+            setattr(experts, name, Parameter(moved, requires_grad=weight.requires_grad))
+            received += arrived.nbytes
+        return experts, received
+
+
+def _differs(former: ExpertPlacement, placement: ExpertPlacement, layer: int) -> bool:
+    return (
+        former.held[layer] != placement.held[layer]
+        or former.num_homes[layer] != placement.num_homes[layer]
+    )
+
+
+def _wanted_state(optimizer: Optimizer, slices: dict[str, list[LogicalSlice]]) -> list[Wanted]:
+    """The ranges that an optimizer reads when it loads its state."""
+    ranges: dict[Wanted, None] = {}
+
+    def note(name: str, kind: str, start: int, count: int) -> Tensor:
+        ranges.update(dict.fromkeys(wanted(slices[name], kind, start, count)))
+        return torch.zeros(count)
+
+    optimizer.load_state(note, step_count=0)
+    return list(ranges)
