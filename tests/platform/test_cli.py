@@ -26,6 +26,7 @@ SURFACE: dict[str, list[str]] = {
     "bench context": [
         "BEFORE", "AFTER", "--data", "--json", "--needles", "--record", "--windows",
     ],
+    "bench balance": ["--data", "--json", "--out", "--quick", "--record"],
     "bench attention": ["--data", "--json", "--out", "--quick", "--record"],
     "bench model": [
         "--compiled", "--dtype", "--json", "--no-compiled", "--pairs", "--quick", "--record",

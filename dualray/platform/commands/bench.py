@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from dualray.platform.commands.bench_attention import attention
+from dualray.platform.commands.bench_balance import balance
 from dualray.platform.commands.bench_context import context
 from dualray.platform.commands.bench_model import model
 from dualray.platform.commands.bench_overlap import overlap
@@ -13,6 +14,7 @@ from dualray.platform.commands.bench_schedule import schedule
 app = typer.Typer(help="Side-by-side benchmarks.", no_args_is_help=True)
 app.command("model")(model)
 app.command("attention")(attention)
+app.command("balance")(balance)
 app.command("context")(context)
 app.command("schedule")(schedule)
 app.command("overlap")(overlap)
