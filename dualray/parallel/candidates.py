@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dualray.parallel.expert_moves import MoveCost
-from dualray.parallel.packing import node_limits, place_experts
+from dualray.parallel.group_nodes import node_limits
+from dualray.parallel.packing import place_experts
 from dualray.parallel.placement import Floats, Ints
 from dualray.parallel.refine import FREE, Arrangement
 from dualray.parallel.settle import Contents, settle

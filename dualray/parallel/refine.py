@@ -19,9 +19,9 @@ from dualray.parallel.placement import Floats, Ints
 FREE = -1
 """In a slot that holds no expert yet."""
 
-RELIEVED_EXPERTS = 4
+RELIEVED_EXPERTS = 2
 """Heaviest experts of the slowest device that a further copy is considered for."""
-TAKEN_EXPERTS = 8
+TAKEN_EXPERTS = 4
 """Lightest experts that the slowest device might take instead of a copy it holds."""
 LEAST_STEP = 1e-9
 """Relative; below it a change is rounding, and the search might not end."""
@@ -93,6 +93,9 @@ class Arrangement:
             if limit <= mean_N[self.node_D[slowest]] * (1 + good_enough):
                 return
             swap, swap_time, pair_time = self._best_swap(np.flatnonzero(self.device_S == slowest))
+            if pair_time <= mean_N[self.node_D[slowest]] * (1 + good_enough):
+                self._apply(swap)
+                continue
             copy, copy_time = self._best_copy(*self._candidates(slowest))
             # While several devices are equally slow, a swap that relieves one is progress; a
             # changed copy must lower the whole layer's time, since it touches many devices.
