@@ -58,6 +58,8 @@ class Training:
         self._run, self._gang, self._folder = run, gang, folder
         self._events, self._log = events, log
         self._loads = LoadsLog.resume(folder.loads, first_step)
+        self._placement = contiguous_placement(run.model, run.layout.experts)
+        """Where experts are in the step that is made."""
         self._dataset = dataset
         self._phases = run.phases()
         self._phase = phase_at(self._phases, first_step)
@@ -231,24 +233,13 @@ class Training:
 
     def _tokens_by_place(self, results: list[StepResult]) -> dict[Place, int]:
         """What each expert computed in a step on which expert rank and node."""
-        layout = self.arrangement.layout
-        placement = contiguous_placement(self._phase.model, layout.experts)
-        ranks = [layout.coordinate(rank).expert for rank in range(len(results))]
-        seen: set[tuple[int, int]] = set()
-        slot_rows: list[dict[int, list[int]]] = []
-        for rank, result in zip(ranks, results):
-            new = {layer: load for layer, load in result.loads.items() if (layer, rank) not in seen}
-            seen |= {(layer, rank) for layer in new}
-            slot_rows.append(
-                {
-                    layer: [load[expert] for expert in placement.held[layer][rank]]
-                    for layer, load in new.items()
-                }
-            )
-        if not seen:
+        slot_rows = [result.slot_rows for result in results]
+        if not any(slot_rows):
             return {}
+        layout = self.arrangement.layout
+        ranks = [layout.coordinate(rank).expert for rank in range(len(results))]
         nodes = [info.node for info in self._gang.infos]
-        return tokens_by_place(slot_rows, placement, ranks, nodes)
+        return tokens_by_place(slot_rows, self._placement, ranks, nodes)
 
     @property
     def _bytes_per_target(self) -> float:

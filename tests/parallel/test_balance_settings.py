@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -45,7 +46,15 @@ def train(rank: int, model, layout: Layout, ports: dict[str, int]) -> dict:
         for step in range(config.steps):
             result = trainer.step(step, source)
             figures = (result.loss, sum(result.mtp_loss), result.balance_loss, result.grad_norm)
-            steps.append((figures, result.loads, biases_of(trainer)))
+            held = {
+                layer: ranks[trainer.at.expert] for layer, ranks in trainer.placement.held.items()
+            }
+            rows = {
+                (layer, expert): count
+                for layer, counts in result.slot_rows.items()
+                for expert, count in zip(held[layer], counts, strict=True)
+            }
+            steps.append((figures, result.loads, biases_of(trainer), rows))
         trainer.close()
         found[name] = steps
     return found
@@ -58,12 +67,13 @@ def test_replicas_experts_and_mirrors_balance_as_one_process() -> None:
     wide = run_ranks(train, 8, model, WIDE, {name: free_port() for name in SETTINGS})
     chosen = 16 * TRAIN.seq_len * model.num_experts_per_tok
     for name, steps in alone.items():
-        for number, (figures, loads, biases) in enumerate(steps):
+        for number, (figures, loads, biases, rows) in enumerate(steps):
             assert sorted(loads) == sorted(biases) == [1, 2, 3, 4]
             assert all(sum(load) == chosen for load in loads.values())
-            seen = set()
+            seen, computed = set(), Counter()
             for rank, results in enumerate(wide):
-                theirs, their_loads, their_biases = results[name][number]
+                theirs, their_loads, their_biases, their_rows = results[name][number]
+                computed.update(their_rows)
                 # float64: sums in another order, over as many terms as there are workers.
                 assert theirs == pytest.approx(figures, rel=1e-9), (name, number, rank)
                 for layer, load in their_loads.items():
@@ -71,12 +81,16 @@ def test_replicas_experts_and_mirrors_balance_as_one_process() -> None:
                     assert load == loads[layer], (name, number, rank, layer)
                     assert their_biases[layer] == biases[layer], (name, number, rank, layer)
             assert seen == set(loads)
-    moved = [biases for _, _, biases in alone["aux_loss_and_bias"]]
+            # What is loaded is computed, by somebody and once.
+            for layer, load in loads.items():
+                assert [rows[layer, expert] for expert in range(len(load))] == load
+                assert [computed[layer, expert] for expert in range(len(load))] == load
+    moved = [biases for _, _, biases, _ in alone["aux_loss_and_bias"]]
     assert moved[0] != moved[1]
     assert moved[MOVING - 1] == moved[MOVING] == moved[-1]
     for name in ("aux_loss", "none"):
-        assert all(not any(bias) for _, _, biases in alone[name] for bias in biases.values())
-    balance = {name: [figures[2] for figures, _, _ in steps] for name, steps in alone.items()}
+        assert all(not any(bias) for _, _, biases, _ in alone[name] for bias in biases.values())
+    balance = {name: [figures[2] for figures, *_ in steps] for name, steps in alone.items()}
     assert balance["none"] == [0.0]
     # Four layers whose losses lie a little above 1 each.
     assert all(4 * 0.05 < loss < 4 * 0.05 * 2 for loss in balance["aux_loss"])

@@ -69,7 +69,8 @@ class FakeGang:
 def result(step: int) -> StepResult:
     return StepResult(
         loss=float(step), mtp_loss=[], balance_loss=0.0, grad_norm=1.0, lr=0.1, bubble=0.0,
-        exposed_communication=0.0, step_time_s=0.1, loads={}, max_vio={}, spans=[],
+        exposed_communication=0.0, step_time_s=0.1, loads={}, max_vio={},
+        slot_rows={}, expert_s={}, spans=[],
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class FakeGang:
             result = StepResult(
                 loss=float(self.steps), mtp_loss=[], balance_loss=0.0, grad_norm=1.0, lr=0.1,
                 bubble=0.0, exposed_communication=0.0, step_time_s=0.1, loads={}, max_vio={},
-                spans=[],
+                slot_rows={}, expert_s={}, spans=[],
             )  # fmt: skip
             return [result]
         return [None]

@@ -61,7 +61,8 @@ def _walk(rank: int) -> list[SpanTuple]:
 def _result(spans: list[SpanTuple]) -> StepResult:
     return StepResult(
         loss=1.0, mtp_loss=[], balance_loss=0.0, grad_norm=1.0, lr=0.1, bubble=0.25,
-        exposed_communication=0.125, step_time_s=0.1, loads={}, max_vio={}, spans=spans,
+        exposed_communication=0.125, step_time_s=0.1, loads={}, max_vio={},
+        slot_rows={}, expert_s={}, spans=spans,
     )  # fmt: skip
 
 
