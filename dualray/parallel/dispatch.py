@@ -3,8 +3,8 @@
 T tokens, K choices, N = T*K rows here, M rows received, E experts, C copies at most, S slots of all
 ranks, s of this one. An expert's copies take its tokens in turn. Counts travel first as one int64
 all-to-all, while the rows are put into order, then the rows with uneven splits; a rank without
-tokens still takes part. Rows arrive ordered by (source rank, slot, token) and are sorted by slot,
-so that within a slot they keep the order (source rank, token).
+tokens still takes part. Rows arrive ordered by (source rank, slot, token) and are put in order by
+slot, so that within a slot they keep the order (source rank, token).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dualray.kernels.combine import combine
 from dualray.kernels.grouped_gemm import row_multiple
 from dualray.kernels.permute import permute, replicate, sort_by_key
 from dualray.model.context import Dispatched, Routing
+from dualray.parallel.arrival import into_slots
 from dualray.parallel.exchange import Exchange
 from dualray.parallel.groups import Ways
 from dualray.parallel.slots import ExpertPlacement
@@ -99,14 +100,13 @@ class AllToAllDispatch:
         rows_ND = replicate(x_TD, order_N, inverse_N)
         send = counts.new_zeros(ranks).scatter_add_(0, table.rank_S, counts).tolist()
         received = counted()
-        receive = received.view(ranks, slots).sum(1).tolist()
-        note_rows(self._rows, layer, received.view(ranks, slots).sum(0))
+        counts_Rs = received.view(ranks, slots)
+        receive = counts_Rs.sum(1).tolist()
+        note_rows(self._rows, layer, counts_Rs.sum(0))
         rows_MD = self._exchange(rows_ND, receive, send, self._ways, f"dispatch {layer}")
-        slot_of_run = torch.arange(slots, device=x_TD.device).repeat(ranks)
-        slot_M = torch.repeat_interleave(slot_of_run, received, output_size=sum(receive))
-        order, inverse_M, rows = sort_by_key(
-            slot_M, slots, row_multiple(x_TD, len(slot_M) // slots)
-        )
+        runs = torch.arange(ranks * slots, device=x_TD.device)
+        multiple = row_multiple(x_TD, len(rows_MD) // slots)
+        order, inverse_M, rows = into_slots(counts_Rs, runs, len(rows_MD), multiple)
         return Dispatched(
             rows_ND=permute(rows_MD, order, inverse_M),
             offsets=rows.cumsum(0).to(torch.int32),
