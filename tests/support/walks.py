@@ -10,13 +10,14 @@ from support.models import whole_model
 from dualray.model.config import ModelConfig
 from dualray.model.init import logical_tensors
 from dualray.model.moe import LocalDispatch
-from dualray.parallel.dispatch import AllToAllDispatch
 from dualray.parallel.exchange import Exchange
 from dualray.parallel.executor import Executor
 from dualray.parallel.groups import Groups, Rendezvous, join
 from dualray.parallel.held import HeldStages
 from dualray.parallel.layout import Layout
+from dualray.parallel.make_dispatch import make_dispatch
 from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
+from dualray.parallel.nodes import NodeMap
 from dualray.parallel.p2p import PipelineLinks
 from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.weight_grads import WeightGrads, attach_main_grads
@@ -71,6 +72,7 @@ def make_walker(
     dtype: torch.dtype = torch.float64,
     overlapped: bool = True,
     recompute: bool = False,
+    nodes: NodeMap | None = None,
 ) -> Walker:
     per_worker = global_micro_batches // (layout.replicas * layout.experts)
     schedule = make_schedule(layout.schedule, layout.pipeline, per_worker)
@@ -90,7 +92,7 @@ def make_walker(
         attach_main_grads([held.embedding_copy.weight])
     exchange = Exchange()
     dispatches = [
-        AllToAllDispatch(placement, ways, CPU, exchange)
+        make_dispatch(placement, ways, CPU, exchange, nodes=nodes)
         if layout.experts > 1
         else LocalDispatch(config.n_routed_experts)
         for ways in groups.dispatch
