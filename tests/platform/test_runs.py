@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from support.runs import (
 )
 
 from dualray.checkpoint.store import find, steps
+from dualray.platform.loads import loads_files
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -114,6 +116,14 @@ def test_train_serve_and_serve_again(tmp_path: Path) -> None:
     assert switch["workers_before"] == switch["workers_after"] == pids
     assert switch["seconds_to_first_token"] > 0
     assert find(run).path == run / "checkpoints" / "step-4"
+    # Every token's choices have been computed by some expert, in each of the MoE layers.
+    [table] = [file.read() for file in loads_files(run / "loads")]
+    computed = Counter()
+    for row in table.to_pylist():
+        computed[row["step"], row["layer"]] += row["tokens"]
+    chosen = {key: 8 * 16 * 2 if key[0] <= 2 else 8 * 300 * 2 for key in computed}
+    assert computed == chosen
+    assert {step for step, _ in computed} == {1, 2, 3, 4}
 
     report = dualray("report", "runs/tiny", cwd=tmp_path)
     assert report.code == 0, report.err
