@@ -136,7 +136,6 @@ class Balancer:
         held, num_homes = with_homes(contents, placement.home_ranks(layer))
         new = ExpertPlacement(held={layer: held}, num_homes={layer: num_homes})
         moves = moves_between(placement, new, layer, ranks.nodes)
-        num_bytes = horizon.cost.size(moves)
         before, after = (
             float((rank_loads(load_E, parts) / ranks.speeds).max())
             for parts in (placement.held[layer], held)
@@ -149,8 +148,8 @@ class Balancer:
             imbalance_after=after / even if even else 1.0,
             seconds_before=before * scale,
             seconds_after=after * scale,
-            cost_s=num_bytes / horizon.cost.bytes_per_s,
-            num_bytes=num_bytes,
+            cost_s=horizon.cost.seconds(moves),
+            num_bytes=horizon.cost.size(moves),
             moves=tuple(moves),
             moved=False,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class MoveCost:
     state_bytes: int
     """Master weights and both moments of one expert of one layer."""
     bytes_per_s: float
-    """Of all moving together, above 0."""
+    """That a rank sends or receives, above 0; ranks move at the same time."""
     overhead_s: float = 0.0
     """Of a migration whatever it moves: groups and buffers that are built anew."""
 
@@ -52,9 +53,18 @@ class MoveCost:
 
     def size(self, moves: Iterable[ExpertMove]) -> int:
         """Bytes that travel, counted once however many mirrors and replicas do it."""
-        return sum(
-            self.weight_bytes * move.weights + self.state_bytes * move.state for move in moves
-        )
+        return sum(map(self._size, moves))
+
+    def seconds(self, moves: Iterable[ExpertMove]) -> float:
+        """Until the busiest rank has sent and received its part, without the overhead."""
+        sent, received = Counter[int](), Counter[int]()
+        for move in moves:
+            sent[move.source] += self._size(move)
+            received[move.target] += self._size(move)
+        return max([*sent.values(), *received.values()], default=0) / self.bytes_per_s
+
+    def _size(self, move: ExpertMove) -> int:
+        return self.weight_bytes * move.weights + self.state_bytes * move.state
 
 
 def moves_between(

@@ -63,7 +63,7 @@ class Proposal:
 
     @property
     def cost_s(self) -> float:
-        """Seconds, all moved layers together, without the migration's overhead."""
+        """Seconds if layers move one after the other, without the migration's overhead."""
         return sum(change.cost_s for change in self._moved)
 
     @property

@@ -105,11 +105,11 @@ def test_seconds_and_bytes_are_the_ones_that_a_person_would_count() -> None:
     assert change.seconds_before == pytest.approx(1.5)
     assert change.seconds_after == pytest.approx(0.9)
     assert (change.imbalance_before, change.imbalance_after) == (2.0, 1.2)
-    # Two experts change places, with weights and state.
+    # Two experts change places, with weights and state; each rank sends and receives one.
     assert (proposal.num_bytes, len(proposal.moves)) == (80, 2)
-    assert proposal.cost_s == pytest.approx(4.0)
+    assert proposal.cost_s == pytest.approx(2.0)
     assert proposal.gain_s == pytest.approx(0.6)
-    assert proposal.reason == "1 of 1 layers move for 4 s and save 30 s in 50 steps"
+    assert proposal.reason == "1 of 1 layers move for 2 s and save 30 s in 50 steps"
     serving = replace(horizon, passes=SERVING_PASSES)
     assert balancer.consider(old, serving, rows_per_s=100.0).gain_s == pytest.approx(0.2)
 
@@ -118,7 +118,7 @@ def test_a_gain_that_does_not_repay_the_moving_is_left() -> None:
     old = contiguous(4, [2, 2])
     balancer = Balancer(slots=[2, 2], nodes=[0, 0], num_groups=1)
     balancer.observe({0: [60, 40, 0, 0]})
-    cost = MoveCost(weight_bytes=10, state_bytes=30, bytes_per_s=20.0)
+    cost = MoveCost(weight_bytes=10, state_bytes=30, bytes_per_s=10.0)
     # A step gains 1.2 s, moving takes 4 s: four steps repay it, three do not.
     four = balancer.consider(old, Horizon(steps=4, passes=3, cost=cost), rows_per_s=100.0)
     three = balancer.consider(old, Horizon(steps=3, passes=3, cost=cost), rows_per_s=100.0)

@@ -85,6 +85,16 @@ def test_weights_come_from_a_copy_on_the_same_node() -> None:
     assert (near_home.source, near_home.target) == (0, 1)
     assert (near_copy.source, near_copy.target) == (2, 3)
     assert COST.size([near_home, near_copy]) == 4
+    assert COST.seconds([near_home, near_copy]) == 2 / 100  # at the same time
+
+
+def test_the_busiest_rank_says_how_long_moving_takes() -> None:
+    old = placement(((0, 1), ()), ((2,), ()), ((3,), ()))
+    new = placement(((0, 1), ()), ((2,), (0, 1)), ((3,), (0,)))
+    moves = moves_between(old, new, 0, [0, 0, 0])
+    # Rank 0 sends three times 2 bytes; rank 1 receives two of them.
+    assert COST.seconds(moves) == 6 / 100
+    assert COST.seconds([]) == 0.0
 
 
 def cost_of(contents, old) -> int:
