@@ -37,6 +37,9 @@ from dualray.inference.scheduler import Limits, Scheduler
 
 _log = logging.getLogger(__name__)
 
+BeforeStep = Callable[[], Awaitable[None]]
+"""Called between steps, when no worker computes."""
+
 RunStep = Callable[[StepPlan], Awaitable[Iterable[Sampled]]]
 """Runs a step on all workers and returns the tokens that the last stages chose."""
 
@@ -90,6 +93,7 @@ class Engine:
         limits: Limits,
         max_request_s: float,
         run_step: RunStep,
+        before_step: BeforeStep | None = None,
     ) -> None:
         self.model_name = model_name
         self.limits = limits
@@ -99,7 +103,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.scheduler = self._new_scheduler(owners)
         self._max_request_s = max_request_s
-        self._run_step = run_step
+        self._run_step, self._before_step = run_step, before_step
         self._completions: dict[str, Completion] = {}
         self._names = itertools.count(1)
         self._wake = asyncio.Event()
@@ -220,6 +224,8 @@ class Engine:
                 continue
             self._note_started(plan)
             try:
+                if self._before_step is not None:
+                    await self._before_step()
                 results = list(await self._run_step(plan))
             except Exception as error:  # whatever loses a worker ends serving, not the server
                 await self._enter(EngineState.FAILED)

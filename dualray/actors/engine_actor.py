@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from dualray.actors.balancer import ServingBalancer
 from dualray.actors.completion import Weights
 from dualray.actors.engine import Engine, EngineState
 from dualray.actors.grpc_server import InferenceServer
@@ -17,6 +18,7 @@ from dualray.data.tokenizer import Tokenizer
 from dualray.inference.plan import Owner, Sampled, StepPlan
 from dualray.inference.scheduler import Limits
 from dualray.inference.serve_config import ServeConfig
+from dualray.parallel.rebalancing import Rebalancing
 
 
 class EngineActor:
@@ -41,7 +43,9 @@ class EngineActor:
             limits=limits,
             max_request_s=config.max_request_s,
             run_step=self._run_step,
+            before_step=self._before_step,
         )
+        self._balancer: ServingBalancer | None = None
         self._server: InferenceServer | None = None
 
     async def start(self) -> str:
@@ -52,8 +56,19 @@ class EngineActor:
         await self._engine.start()
         return target
 
-    async def serve(self, training_step: int, digest: str, owners: Sequence[Owner]) -> None:
-        """Takes requests from now on, for the owners that there are by now."""
+    async def serve(
+        self,
+        training_step: int,
+        digest: str,
+        owners: Sequence[Owner],
+        rebalancing: Rebalancing | None = None,
+    ) -> None:
+        """Takes requests from now on, for the owners that there are by now.
+
+        With `rebalancing` experts move between workers as requests load them.
+        """
+        if rebalancing is not None:
+            self._balancer = ServingBalancer(rebalancing, self._workers)
         await self._engine.serve(Weights(training_step=training_step, digest=digest), owners)
 
     async def drain(self, then: str = EngineState.TRAINING) -> None:
@@ -74,9 +89,14 @@ class EngineActor:
             "num_running": scheduler.num_running,
             "num_waiting": scheduler.num_waiting,
             "cache_usage": scheduler.cache_usage,
+            "num_migrations": 0 if self._balancer is None else self._balancer.num_migrations,
             **asdict(self._engine.weights),
             **asdict(self._engine.stats),
         }
+
+    async def _before_step(self) -> None:
+        if self._balancer is not None:
+            await self._balancer.before_step()
 
     async def _run_step(self, plan: StepPlan) -> list[Sampled]:
         results = await asyncio.gather(*(w.run_plan.remote(plan) for w in self._workers))

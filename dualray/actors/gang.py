@@ -16,6 +16,7 @@ from dualray.actors.stage_worker import StageWorker, WorkerInfo, WorkerSpec
 from dualray.errors import DualrayError, RunError
 from dualray.parallel.groups import Rendezvous
 from dualray.parallel.layout import Layout
+from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import Phase
 
 # After one worker fails its peers notice within a second; this bounds the wait for all to say why.
@@ -34,10 +35,10 @@ class Gang:
         self.infos = infos
 
     @classmethod
-    def start(
+    def create(
         cls, spec: WorkerSpec, cluster: ClusterConfig, group: PlacementGroup, run_name: str
     ) -> Gang:
-        """Create every worker in its bundle and let them find each other."""
+        """Create every worker in its bundle; they do not know each other yet."""
         actor = ray.remote(StageWorker)
         workers: list[Any] = [
             actor.options(
@@ -52,8 +53,11 @@ class Gang:
         ]
         gang = cls(workers, [])
         gang.infos = gang.call("info")
-        gang.call("start", gang._rendezvous())
         return gang
+
+    def start(self, nodes: NodeMap | None) -> None:
+        """Let workers find each other and build their stages; see StageWorker."""
+        self.call("start", self._rendezvous(), nodes)
 
     def _rendezvous(self) -> Rendezvous:
         nodes = {info.node for info in self.infos}

@@ -28,8 +28,11 @@ from dualray.errors import RunError
 from dualray.inference.plan import Sampled, StepPlan
 from dualray.inference.runner import PipelineTransport, StageRunner, StepRunner
 from dualray.inference.scheduler import Limits
+from dualray.parallel.expert_groups import Moved
+from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.groups import Rendezvous, host_rendezvous
 from dualray.parallel.layout import Layout
+from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import Phase
 from dualray.parallel.slots import ExpertPlacement
 from dualray.parallel.trainer import HeldOut, StepResult, Trainer
@@ -43,6 +46,7 @@ class WorkerSpec:
     """The one that the workers start in."""
     layout: Layout
     placement: ExpertPlacement
+    fp8_dispatch: bool
     data_path: str | None
     """Token shards; None for a run that only serves."""
     tokenizer_path: str
@@ -79,6 +83,7 @@ class StageWorker:
         self._loader: Loader | None = None
         self._runner: StepRunner | None = None
         self._store: TCPStore | None = None
+        self._nodes: NodeMap | None = None
         torch.set_num_threads(spec.threads)
 
     def info(self) -> WorkerInfo:
@@ -100,8 +105,12 @@ class StageWorker:
         self._store, rendezvous = host_rendezvous(host)
         return rendezvous
 
-    def start(self, rendezvous: Rendezvous) -> None:
-        """Build stages and join the other workers. A collective."""
+    def start(self, rendezvous: Rendezvous, nodes: NodeMap | None) -> None:
+        """Build stages and join the other workers. A collective.
+
+        `nodes` says which expert ranks are on one node, if tokens cross between nodes once.
+        """
+        self._nodes = nodes
         os.environ["GLOO_SOCKET_IFNAME"] = _interface_of(
             rendezvous.host if rendezvous.host == "127.0.0.1" else self.node
         )
@@ -121,6 +130,8 @@ class StageWorker:
             device=torch.device(spec.device),
             hosted=self._store,
             only_serves=spec.data_path is None,
+            nodes=nodes,
+            fp8_dispatch=spec.fp8_dispatch,
         )
 
     @property
@@ -146,7 +157,7 @@ class StageWorker:
         """
         self.stop()
         self.phase, self.spec = phase, replace(self.spec, layout=layout)
-        self.start(rendezvous)
+        self.start(rendezvous, self._nodes)
 
     def restore(self, checkpoint: str, step: int) -> None:
         """Weights and optimizer state after `step` optimizer steps."""
@@ -162,6 +173,17 @@ class StageWorker:
         if not with_spans:
             result.spans.clear()
         return result
+
+    def move_experts(self, placement: ExpertPlacement) -> Moved:
+        """Let experts live elsewhere, between two steps of training or serving. A collective."""
+        moved = self.trainer.move_experts(placement)
+        self.spec = replace(self.spec, placement=placement)
+        return moved
+
+    def expert_work(self) -> ExpertWork:
+        """What the expert groups did since they were last asked; for serving, since training
+        tells with each step."""
+        return self.trainer.meter.take()
 
     def evaluate(self, num_batches: int | None) -> HeldOut:
         """Held-out loss over so many global batches, or all of them. A collective."""

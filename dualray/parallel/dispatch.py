@@ -52,12 +52,14 @@ class SlotTable:
         self._copies_E = torch.tensor([len(slots) for slots in slots_of], device=device)
 
     def choose(self, experts_TK: Tensor, first: int) -> Tensor:
-        """(T, K) int64 slots. The copies of an expert take turns from token to token, beginning
-        at `first`."""
+        """(T, K) int64 slots. Of the choices that fall on an expert its copies take one each in
+        turn, beginning at `first`, so that none gets more than one above another."""
         if self._slot_EC.shape[1] == 1:
             return self._slot_EC[:, 0][experts_TK]
-        turn_T = torch.arange(first, first + len(experts_TK), device=experts_TK.device)
-        return self._slot_EC[experts_TK, turn_T[:, None] % self._copies_E[experts_TK]]
+        expert_N = experts_TK.flatten()
+        _, place_N, counts_E = sort_by_key(expert_N, len(self._copies_E))
+        turn_N = place_N - (counts_E.cumsum(0) - counts_E)[expert_N] + first
+        return self._slot_EC[expert_N, turn_N % self._copies_E[expert_N]].view_as(experts_TK)
 
 
 class AllToAllDispatch:

@@ -39,8 +39,8 @@ from dualray.parallel.weight_grads import attach_main_grads
 class Moved:
     """What a migration took on one worker."""
 
-    experts: dict[int, Experts]
-    """The new expert groups of the layers that changed."""
+    layers: tuple[int, ...]
+    """Those of this worker that changed."""
     received_bytes: int
     seconds: float
 
@@ -110,7 +110,7 @@ class ExpertGroups:
         self.placement = placement
         self._join()
         return Moved(
-            experts={layer: present.experts for layer, present in fresh.items()},
+            layers=tuple(fresh),
             received_bytes=received,
             seconds=time.perf_counter() - started,
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dualray.errors import ConfigError
 from dualray.model.config import ModelConfig
 from dualray.parallel.layout import Layout
-from dualray.parallel.slots import ExpertPlacement, contiguous_placement
+from dualray.parallel.nodes import NodeMap
+from dualray.parallel.slots import ExpertPlacement, contiguous_placement, from_plain
 
 DISPATCHES = ("auto", "flat", "node_limited")
 
@@ -66,11 +69,6 @@ class ExpertsConfig:
                 hint=f"set experts.{field} to {default}",
             )
 
-    @property
-    def may_move(self) -> bool:
-        """Whether a run moves experts between workers."""
-        return self.rebalance_every > 0 or self.serve_rebalance_every > 0
-
     def first_placement(self, model: ModelConfig, layout: Layout) -> ExpertPlacement:
         """Where experts are before anybody knows their loads.
 
@@ -88,6 +86,46 @@ class ExpertsConfig:
             )
         slots = self.slots or (total // ranks,) * ranks if self.redundant or self.slots else ()
         return contiguous_placement(model, ranks, slots)
+
+    def placement_after(
+        self, remembered: Mapping[str, Any] | None, model: ModelConfig, layout: Layout
+    ) -> ExpertPlacement:
+        """What a checkpoint remembers, if the ranks have such slots now; else the first one."""
+        first = self.first_placement(model, layout)
+        if remembered is None:
+            return first
+        placement = from_plain(remembered)
+        same = placement.held.keys() == first.held.keys() and all(
+            placement.slots(layer) == first.slots(layer) for layer in first.held
+        )
+        return placement if same else first
+
+    def nodes_of(self, layout: Layout, hosts: Sequence[str]) -> tuple[NodeMap | None, str]:
+        """Which expert ranks of a stage are on one node, and a word if that cannot be used.
+
+        `hosts[r]` is the node of world rank r. None if all are on one, if rows are to be sent for
+        every choice, or if stages or replicas lie differently on their nodes.
+        """
+        if layout.experts == 1 or self.dispatch == "flat":
+            return None, ""
+        if self.ranks_per_node is not None:
+            if layout.experts % self.ranks_per_node:
+                raise ConfigError(
+                    f"experts.ranks_per_node {self.ranks_per_node} does not divide layout.experts "
+                    f"{layout.experts}",
+                    hint="choose a divisor, or leave it out to count Ray's nodes",
+                )
+            maps = {NodeMap.of([rank // self.ranks_per_node for rank in range(layout.experts)])}
+        else:
+            ranks = range(0, layout.world_size, layout.experts)
+            maps = {NodeMap.of(hosts[first : first + layout.experts]) for first in ranks}
+        if len(maps) > 1:
+            return None, (
+                "the expert ranks of stages and replicas lie differently on their nodes, so a row "
+                "is sent for every choice and placement does not look at nodes"
+            )
+        (nodes,) = maps
+        return (nodes, "") if nodes.num_nodes > 1 else (None, "")
 
     def _refuse_single_rank(self, ranks: int) -> None:
         if ranks > 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dualray.errors import ConfigError
 from dualray.model.config import ModelConfig
@@ -67,6 +68,20 @@ class ExpertPlacement:
                     others.setdefault(expert, []).append(slot)
                 slot += 1
         return [[homes[expert], *others.get(expert, ())] for expert in range(len(homes))]
+
+
+def to_plain(placement: ExpertPlacement) -> dict[str, Any]:
+    """As JSON can hold it; `from_plain` takes it back."""
+    return {
+        "held": {str(layer): ranks for layer, ranks in placement.held.items()},
+        "num_homes": {str(layer): counts for layer, counts in placement.num_homes.items()},
+    }
+
+
+def from_plain(values: Mapping[str, Any]) -> ExpertPlacement:
+    held = {int(k): tuple(map(tuple, ranks)) for k, ranks in values["held"].items()}
+    num_homes = {int(k): tuple(counts) for k, counts in values["num_homes"].items()}
+    return ExpertPlacement(held=held, num_homes=num_homes)
 
 
 def contiguous_placement(

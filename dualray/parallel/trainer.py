@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dualray.errors import RunError
 from dualray.model.config import ModelConfig
-from dualray.model.context import ExpertDispatch
 from dualray.model.moe import LocalDispatch
 from dualray.model.stage import IGNORED_LABEL
 from dualray.parallel.balance import global_loads, max_violation, update_biases
@@ -34,6 +33,7 @@ from dualray.parallel.layout import Layout
 from dualray.parallel.lr import lr_at
 from dualray.parallel.make_dispatch import make_dispatch
 from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
+from dualray.parallel.node_dispatch import NodeLimitedDispatch
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.optimizer import Joined, make_optimizer
 from dualray.parallel.p2p import PipelineLinks
@@ -100,18 +100,20 @@ class Trainer:
         hosted: dist.TCPStore | None = None,
         only_serves: bool = False,
         nodes: NodeMap | None = None,
+        fp8_dispatch: bool = False,
     ) -> None:
         """Builds the stages and joins the others; `hosted` is rank 0's rendezvous store.
 
         The learning rate of `train` counts its steps from `first_step`. `only_serves` leaves
         gradients and optimizer state out. `nodes` says which expert ranks of a stage are on one
-        node, if tokens are to cross between nodes once.
+        node, if tokens are to cross between nodes once; `fp8_dispatch` sends them in FP8.
         """
         self.model, self.layout, self.train = model, layout, train
         self.rank = rank
         self.at = layout.coordinate(rank)
         self.device = device
-        self.first_step, self.nodes = first_step, nodes
+        self.first_step = first_step
+        self.nodes, self.fp8_dispatch = nodes, fp8_dispatch
         self.schedule = make_schedule(layout.schedule, layout.pipeline, train.micro_batches)
         self.held = HeldStages(
             model,
@@ -179,11 +181,19 @@ class Trainer:
             device=self.device,
         )
 
-    def _dispatch(self, ways: Ways, exchange: Exchange) -> ExpertDispatch:
+    def _dispatch(
+        self, ways: Ways, exchange: Exchange
+    ) -> LocalDispatch | AllToAllDispatch | NodeLimitedDispatch:
         if self.layout.experts == 1:
             return LocalDispatch(self.model.n_routed_experts)
         return make_dispatch(
-            self.placement, ways, self.device, exchange, rows=self.meter.rows, nodes=self.nodes
+            self.placement,
+            ways,
+            self.device,
+            exchange,
+            rows=self.meter.rows,
+            nodes=self.nodes,
+            fp8=self.fp8_dispatch,
         )
 
     @property
@@ -198,9 +208,10 @@ class Trainer:
         worker is lost meanwhile; the old placement is whole then.
         """
         moved = self.experts.move(placement)
-        self.meter.watch(moved.experts)
+        experts = self.held.experts()
+        self.meter.watch({layer: experts[layer] for layer in moved.layers})
         for dispatch in self.dispatches:
-            assert isinstance(dispatch, AllToAllDispatch), "a single rank has all experts"
+            assert not isinstance(dispatch, LocalDispatch), "a single rank has all experts"
             dispatch.place(placement)
         return moved
 

@@ -7,7 +7,6 @@ build their new stages, and read it. Nothing is lost if that fails, since the ch
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dualray.errors import ConfigError
 from dualray.parallel.phases import Phase
 from dualray.parallel.spans import OPTIMIZER, SpanTuple
 from dualray.parallel.trainer import StepResult
+from dualray.platform.expert_moves import memory_bytes
 from dualray.platform.run_file import RunFile
 from dualray.platform.scheduler import Decision, Observation, Scheduler
 from dualray.platform.scheduling.choice import (
@@ -145,14 +145,6 @@ class Arrangement:
             seq_len=phase.train.seq_len,
             dtype=phase.train.dtype,
             recompute=phase.train.recompute,
-            memory_bytes=run.scheduler.memory_bytes or self._memory_bytes(),
+            memory_bytes=run.scheduler.memory_bytes or memory_bytes(self._gang.infos),
         )
         return Scheduler(run.scheduler, situation, self._choice, decided=decided)
-
-    def _memory_bytes(self) -> float:
-        """What the worker with the least memory may fill; workers of a node share the node's."""
-        workers = Counter(info.node for info in self._gang.infos)
-        return min(
-            info.memory_bytes / (1 if info.has_device else workers[info.node])
-            for info in self._gang.infos
-        )

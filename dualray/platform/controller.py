@@ -31,10 +31,12 @@ from dualray.data.yardsticks import yardsticks
 from dualray.errors import DualrayError
 from dualray.inference.plan import Owner
 from dualray.inference.scheduler import Limits, owners
+from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import phase_at
-from dualray.parallel.slots import contiguous_placement
+from dualray.parallel.rebalancing import Rebalancing
 from dualray.platform.client import Client
 from dualray.platform.events import Event, EventLog, Note, StateChange
+from dualray.platform.expert_moves import rebalancing_of, refuse_too_many_copies
 from dualray.platform.folder import RunFolder
 from dualray.platform.metrics import MetricsLog, Switch, Yardsticks
 from dualray.platform.run_file import RunFile, to_mapping
@@ -66,6 +68,8 @@ class Assignment:
     """Take optimizer state and step from `restore_from`; otherwise its weights only."""
     remembered: dict[str, Any] | None = None
     """What the resumed checkpoint says of the scheduler's decision."""
+    placement: dict[str, Any] | None = None
+    """What the checkpoint says of where experts lived."""
 
 
 class Controller:
@@ -79,6 +83,10 @@ class Controller:
         first = phase_at(self._phases, assignment.first_step)
         self._start = start_of(assignment.run.layout, first, assignment.remembered)
         self._first_phase = first
+        self._placement = assignment.run.experts.placement_after(
+            assignment.placement, assignment.run.model, self._start.layout
+        )
+        self._nodes: NodeMap | None = None
         self._group = group
         self._connection = connection
         self._events = EventLog()
@@ -117,7 +125,14 @@ class Controller:
 
     def _live(self) -> None:
         run = self._a.run
-        gang = self._gang = Gang.start(self._spec(), run.cluster, self._group, run.name)
+        gang = self._gang = Gang.create(self._spec(), run.cluster, self._group, run.name)
+        if self._a.trains:
+            refuse_too_many_copies(run, self._start.layout, self._start.choice, gang.infos)
+        hosts = [info.node for info in gang.infos]
+        self._nodes, word = run.experts.nodes_of(self._start.layout, hosts)
+        if word:
+            self._events.append(Note(word, warning=True))
+        gang.start(self._nodes)
         tokenizer_source = self._prepare_tokenizer()
         if run.serve.after_training:
             self._start_engine(tokenizer_source)
@@ -142,7 +157,8 @@ class Controller:
         return WorkerSpec(
             phase=phase_with(self._first_phase, self._start.choice),
             layout=self._start.layout,
-            placement=contiguous_placement(run.model, run.layout.experts),
+            placement=self._placement,
+            fp8_dispatch=run.experts.fp8_dispatch,
             data_path=str(Path(run.data.path).absolute()) if self._a.trains else None,
             tokenizer_path=str(self._a.folder.tokenizer),
             seed=run.seed,
@@ -197,6 +213,18 @@ class Controller:
         schedule = make_schedule(layout.schedule, layout.pipeline, micro_batches)
         return owners(layout.replicas, layout.experts, len(schedule.entries))
 
+    def _rebalancing(self) -> Rebalancing | None:
+        """What lets experts move while they serve, from where they are now."""
+        run, layout, choice = self._a.run, self._start.layout, self._start.choice
+        if not run.experts.serve_rebalance_every:
+            return None
+        placement = self._placement
+        if self._training is not None:
+            arrangement, placement = self._training.arrangement, self._training.experts.placement
+            layout, choice = arrangement.layout, arrangement.choice
+        schedule = make_schedule(layout.schedule, layout.pipeline, choice.micro_batches)
+        return rebalancing_of(run, layout, schedule, placement, self._nodes, trains=False)
+
     def _limits(self) -> Limits:
         """What serves is the model of the last phase."""
         return self._a.run.serve.limits(self._phases[-1].model.max_position_embeddings)
@@ -219,6 +247,8 @@ class Controller:
                 dataset=TokenDataset.open(self._a.run.data.path, verify=False),
                 first_step=self._a.first_step,
                 start=self._start,
+                placement=self._placement,
+                nodes=self._nodes,
             )
             self._training.run(self._stop.is_set)
         return self._training.last_step_ended
@@ -230,7 +260,7 @@ class Controller:
         gang.call("start_serving", self._limits(), self._a.run.serve.compile_batch)
         digest = combined_digest(gang.call("digest"))
         step = self._a.first_step if self._training is None else self._training.steps_done
-        ray.get(self._engine.serve.remote(step, digest, self._owners()))
+        ray.get(self._engine.serve.remote(step, digest, self._owners(), self._rebalancing()))
         assert self._target is not None
         first_token = _first_token_at(self._target, run_name=self._a.run.name)
         after = gang.pids()

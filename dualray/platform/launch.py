@@ -62,6 +62,7 @@ def plan_training(run: RunFile, *, resume: bool, console: Console) -> Assignment
             first_step=reader.meta["step"],
             resumes=True,
             remembered=reader.meta.get("arrangement"),
+            placement=reader.meta.get("experts"),
         )
     folder.refuse_if_used()
     start = None
@@ -106,6 +107,7 @@ def plan_serving(checkpoint: Path, overrides: list[str], *, console: Console) ->
         trains=False,
         restore_from=found.path.absolute(),
         first_step=meta["step"],
+        placement=meta.get("experts"),
     )
 
 

@@ -1,9 +1,9 @@
 """`metrics.jsonl`: what a run says about itself, one JSON object a line.
 
 A line is either one optimizer step (`StepMetrics`) or an event, marked by its `event` key
-(`PhaseEntered`, `Decided`, `CheckpointSaved`, `Switch`, `Yardsticks`). The file only ever grows
-by whole lines, each written with one system call, so that killing the process leaves at most one
-torn line at the end: readers skip it, and a resumed run cuts it off before it appends.
+(`PhaseEntered`, `Decided`, `ExpertsMoved`, `CheckpointSaved`, `Switch`, `Yardsticks`). The file only
+ever grows by whole lines, each written with one system call, so that killing the process leaves at
+most one torn line at the end: readers skip it, and a resumed run cuts it off before it appends.
 
 JSON has no NaN; a loss that is not finite is written as null and read back as NaN.
 """
@@ -63,6 +63,12 @@ class StepMetrics:
     without experts. Where loads/ lacks the run's first steps, over those that it has."""
     max_vio_run_per_layer: Mapping[int, float] = field(default_factory=dict)
     """The same of each MoE layer."""
+    rank_imbalance: float | None = None
+    """Rows of the fullest expert rank over the mean, worst layer; None on a single expert rank."""
+    expert_s: float | None = None
+    """Seconds that the slowest worker computed in forwards of its routed experts."""
+    expert_s_mean: float | None = None
+    """The same, averaged over the workers."""
     heldout_loss: float | None = None
     """Held-out cross-entropy, nats per token; only on evaluation steps."""
     heldout_bits_per_byte: float | None = None
@@ -121,6 +127,29 @@ class Decided:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsMoved:
+    """Experts live elsewhere from now on."""
+
+    event: ClassVar[str] = "experts_moved"
+
+    step: int
+    """Optimizer steps done by then."""
+    layers: Sequence[int]
+    """MoE layers that changed."""
+    imbalance_before: float
+    """Foreseen time of the slowest expert rank over a perfect spread, worst layer, had they
+    stayed."""
+    imbalance_after: float
+    """The same where they live now."""
+    num_bytes: int
+    """Weights and optimizer state that workers received, all together."""
+    seconds: float
+    """How long it took."""
+    reason: str
+    """Why, in one sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSaved:
     """A checkpoint was committed."""
 
@@ -146,8 +175,11 @@ class Switch:
     """Process ids of the workers in serving, by rank."""
 
 
-Line = StepMetrics | Yardsticks | PhaseEntered | Decided | CheckpointSaved | Switch
-_EVENTS = {cls.event: cls for cls in (Yardsticks, PhaseEntered, Decided, CheckpointSaved, Switch)}
+Line = StepMetrics | Yardsticks | PhaseEntered | Decided | ExpertsMoved | CheckpointSaved | Switch
+_EVENTS = {
+    cls.event: cls
+    for cls in (Yardsticks, PhaseEntered, Decided, ExpertsMoved, CheckpointSaved, Switch)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +189,7 @@ class RunMetrics:
     steps: tuple[StepMetrics, ...] = ()
     phases: tuple[PhaseEntered, ...] = ()
     decisions: tuple[Decided, ...] = ()
+    migrations: tuple[ExpertsMoved, ...] = ()
     checkpoints: tuple[CheckpointSaved, ...] = ()
     yardsticks: Yardsticks | None = None
     switch: Switch | None = None
@@ -233,6 +266,7 @@ def read_metrics(path: Path) -> RunMetrics:
     steps: list[StepMetrics] = []
     phases: list[PhaseEntered] = []
     decisions: list[Decided] = []
+    migrations: list[ExpertsMoved] = []
     checkpoints: list[CheckpointSaved] = []
     yardsticks: Yardsticks | None = None
     switch: Switch | None = None
@@ -248,6 +282,8 @@ def read_metrics(path: Path) -> RunMetrics:
             phases.append(line)
         elif isinstance(line, Decided):
             decisions.append(line)
+        elif isinstance(line, ExpertsMoved):
+            migrations.append(line)
         elif isinstance(line, Yardsticks):
             yardsticks = line
         elif isinstance(line, Switch):
@@ -256,6 +292,7 @@ def read_metrics(path: Path) -> RunMetrics:
         steps=tuple(steps),
         phases=tuple(phases),
         decisions=tuple(decisions),
+        migrations=tuple(migrations),
         checkpoints=tuple(checkpoints),
         yardsticks=yardsticks,
         switch=switch,

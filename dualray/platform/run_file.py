@@ -23,10 +23,10 @@ from dualray.errors import ConfigError
 from dualray.inference.serve_config import ServeConfig
 from dualray.k8s.config import KubernetesConfig
 from dualray.model.config import ModelConfig
+from dualray.parallel.experts_config import ExpertsConfig
 from dualray.parallel.held import split_layers
 from dualray.parallel.layout import Layout
 from dualray.parallel.phases import ExtendConfig, Phase, plan_phases
-from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.train_config import TrainConfig
 from dualray.platform.preset import load_preset
 from dualray.platform.scheduler import SchedulerConfig
@@ -51,6 +51,8 @@ class RunFile:
     """Further phases at longer contexts."""
     layout: Layout = field(default_factory=Layout)
     """Workers and the schedule that drives them."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """Where routed experts live, and how tokens get to them."""
     serve: ServeConfig = field(default_factory=ServeConfig)
     """What happens after the last step."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -84,7 +86,7 @@ class RunFile:
         start = self.layout.concrete
         schedule = make_schedule(start.schedule, start.pipeline, self.train.micro_batches)
         split_layers(self.model.num_hidden_layers, schedule.num_stages, start.layers)
-        contiguous_placement(self.model, self.layout.experts)
+        self.experts.first_placement(self.model, self.layout)
         if not self.layout.is_open and self.scheduler != SchedulerConfig():
             raise ConfigError(
                 f"section scheduler is given and layout.schedule is {self.layout.schedule}, which "

@@ -18,11 +18,13 @@ from dualray.checkpoint.writer import RankFiles, begin, commit, step_dir
 from dualray.data.dataset import TokenDataset
 from dualray.data.yardsticks import bits_per_byte
 from dualray.parallel.balance import max_violation
+from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import phase_at, phase_behind
-from dualray.parallel.slots import contiguous_placement
+from dualray.parallel.slots import ExpertPlacement
 from dualray.parallel.trainer import HeldOut, StepResult
 from dualray.platform.arrangement import Arrangement
 from dualray.platform.events import EventLog, Note
+from dualray.platform.expert_moves import ExpertMoves, imbalance
 from dualray.platform.folder import RunFolder
 from dualray.platform.loads import LoadsLog, Place, tokens_by_place
 from dualray.platform.metrics import (
@@ -53,13 +55,15 @@ class Training:
         dataset: TokenDataset,
         first_step: int,
         start: Start,
+        placement: ExpertPlacement,
+        nodes: NodeMap | None,
     ) -> None:
-        """`start` is how the workers have started."""
+        """`start` is how the workers have started, `placement` where their experts are, `nodes`
+        where expert ranks are if that matters."""
         self._run, self._gang, self._folder = run, gang, folder
         self._events, self._log = events, log
         self._loads = LoadsLog.resume(folder.loads, first_step)
-        self._placement = contiguous_placement(run.model, run.layout.experts)
-        """Where experts are in the step that is made."""
+        self.experts = ExpertMoves(run, gang, events, log, placement=placement, nodes=nodes)
         self._dataset = dataset
         self._phases = run.phases()
         self._phase = phase_at(self._phases, first_step)
@@ -106,7 +110,11 @@ class Training:
             self._log.append(metrics)
             self._events.append(metrics)
             if not is_last:
-                self._decide(results)  # first, so that a checkpoint of this step knows of it
+                # First, so that a checkpoint of this step knows of it.
+                self.experts.after(
+                    results, step, self.arrangement.layout, self.arrangement.schedule
+                )
+                self._decide(results)
             if is_last or _due(step, train.checkpoint_every):
                 self.save()
         if self.last_checkpoint is None or self.last_checkpoint.name != f"step-{self.steps_done}":
@@ -189,6 +197,7 @@ class Training:
             "data_sha256": self._dataset.data_sha256,
             "loader": loader.fingerprint(),
             "arrangement": self.arrangement.remembered,
+            "experts": self.experts.remembered,
             "global_sequences": phase.train.global_sequences(self._run.layout),
             "versions": {"dualray": dualray.__version__},
         }
@@ -196,7 +205,8 @@ class Training:
     def _metrics(
         self, results: list[StepResult], step: int, elapsed_s: float, heldout: HeldOut | None
     ) -> StepMetrics:
-        phase, first = self._phase, results[0]
+        phase, first, layout = self._phase, results[0], self.arrangement.layout
+        seconds = [sum(result.expert_s.values()) for result in results]
         max_vio: dict[int, float] = {}
         for result in results:
             max_vio |= result.max_vio
@@ -227,6 +237,9 @@ class Training:
             max_vio_per_layer=dict(sorted(max_vio.items())),
             max_vio_run=max(max_vio_run.values()) if max_vio_run else None,
             max_vio_run_per_layer=dict(sorted(max_vio_run.items())),
+            rank_imbalance=imbalance(layout, results) if layout.experts > 1 else None,
+            expert_s=max(seconds) if any(seconds) else None,
+            expert_s_mean=sum(seconds) / len(seconds) if any(seconds) else None,
             heldout_loss=nats,
             heldout_bits_per_byte=bits,
         )
@@ -239,7 +252,7 @@ class Training:
         layout = self.arrangement.layout
         ranks = [layout.coordinate(rank).expert for rank in range(len(results))]
         nodes = [info.node for info in self._gang.infos]
-        return tokens_by_place(slot_rows, self._placement, ranks, nodes)
+        return tokens_by_place(slot_rows, self.experts.placement, ranks, nodes)
 
     @property
     def _bytes_per_target(self) -> float:

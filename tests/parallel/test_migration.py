@@ -66,7 +66,7 @@ def run_one(
         if step and step in moves:
             before = _state(trainer)
             moved = trainer.move_experts(moves[step])
-            kept.append((before, _state(trainer), len(moved.experts), moved.received_bytes))
+            kept.append((before, _state(trainer), len(moved.layers), moved.received_bytes))
         result = trainer.step(step, tokens_for(MODEL, train))
         losses.append((result.loss, result.grad_norm))
         rows = {layer: sum(counts) for layer, counts in result.slot_rows.items()}

@@ -1,0 +1,50 @@
+"""Keeps experts evenly loaded while their workers serve.
+
+Between two steps of the engine nobody computes, so that is when it asks the workers what their
+experts did and lets experts move. Requests wait as they would for a longer step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from dualray.parallel.rebalancing import Rebalancing
+
+_log = logging.getLogger(__name__)
+
+
+class ServingBalancer:
+    """Looks at the loads every so many engine steps. `workers` are handles of all, by rank."""
+
+    def __init__(self, rebalancing: Rebalancing, workers: Sequence[Any]) -> None:
+        self.rebalancing = rebalancing
+        self.num_migrations = 0
+        self._workers = tuple(workers)
+        self._steps = 0
+
+    async def before_step(self) -> None:
+        """A step is to come. Raises what Ray raises if a worker is lost."""
+        if self._steps == self.rebalancing.every:
+            self._steps = 0
+            await self._look()
+        self._steps += 1
+
+    async def _look(self) -> None:
+        works = await asyncio.gather(*(w.expert_work.remote() for w in self._workers))
+        proposal = self.rebalancing.saw(works, steps=self.rebalancing.every)
+        if proposal is None or not proposal.adopt:
+            return
+        moved = await asyncio.gather(
+            *(w.move_experts.remote(proposal.placement) for w in self._workers)
+        )
+        self.rebalancing.moved(proposal.placement, moved)
+        self.num_migrations += 1
+        _log.info(
+            "%s: slowest rank %.2f of the mean, %.2f before",
+            proposal.reason,
+            proposal.imbalance_after,
+            proposal.imbalance_before,
+        )

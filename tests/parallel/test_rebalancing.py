@@ -1,0 +1,154 @@
+"""A router that prefers few experts, and the balancer that spreads them over the workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support.models import tiny_config
+from support.processes import free_port, run_ranks
+from support.training import make_trainer, tokens_for
+
+from dualray.errors import RunError
+from dualray.parallel.expert_groups import Moved
+from dualray.parallel.expert_meter import ExpertWork
+from dualray.parallel.experts_config import ExpertsConfig
+from dualray.parallel.layout import Layout
+from dualray.parallel.nodes import NodeMap
+from dualray.parallel.rebalancing import Rebalancing, loads_of, rank_imbalance, rows_per_s_of
+from dualray.parallel.slots import contiguous_placement
+from dualray.parallel.train_config import TrainConfig
+from dualray.schedule.make import make_schedule
+
+MODEL = tiny_config(n_routed_experts=16, num_experts_per_tok=2, n_group=1, topk_group=1)
+TRAIN = TrainConfig(
+    steps=20, seq_len=12, micro_batches=4, micro_batch_size=64, lr=1e-6, min_lr=1e-6,
+    optimizer="adamw", dtype="float64", balance="none",
+)  # fmt: skip
+LAYOUT = Layout(pipeline=1, experts=4, schedule="1f1b")
+EXPERTS = ExpertsConfig(redundant=4, rebalance_every=3, link_bytes_per_s=1e15, min_gain=0.0)
+
+
+def _rebalancing(**changes) -> Rebalancing:
+    config = replace(EXPERTS, **changes)
+    return Rebalancing(
+        config,
+        MODEL,
+        LAYOUT,
+        make_schedule("1f1b", 1, 4),
+        config.first_placement(MODEL, LAYOUT),
+        nodes=None,
+        dtype=torch.float64,
+        trains=True,
+    )
+
+
+def skewed_run(rank: int, port: int, moves: bool) -> list:
+    placement = EXPERTS.first_placement(MODEL, LAYOUT)
+    trainer = make_trainer(rank, MODEL, LAYOUT, TRAIN, port, placement=placement)
+    for router in trainer.held.routers():
+        # The first experts, which are neighbours, are chosen more than their share.
+        router.e_score_correction_bias.copy_(torch.linspace(0.2, -0.2, 16))
+    rebalancing = _rebalancing()
+    told = torch.distributed.group.WORLD
+    found = []
+    for step in range(9):
+        result = trainer.step(step, tokens_for(MODEL, TRAIN))
+        work = ExpertWork(slot_rows=result.slot_rows, seconds=result.expert_s)
+        works: list = [None] * LAYOUT.world_size
+        torch.distributed.all_gather_object(works, work, group=told)
+        assert {k: v.tolist() for k, v in loads_of(trainer.placement, LAYOUT, works).items()} == (
+            result.loads
+        )
+        found.append((result.loss, rank_imbalance(LAYOUT, works)))
+        # Times differ from run to run; every process must decide alike, as the controller does.
+        works = [replace(each, seconds={}) for each in works]
+        proposal = rebalancing.saw(works)
+        if moves and proposal is not None and proposal.adopt:
+            moved: list = [None] * LAYOUT.world_size
+            own = trainer.move_experts(proposal.placement)
+            torch.distributed.all_gather_object(moved, own, group=told)
+            rebalancing.moved(proposal.placement, moved)
+    trainer.close()
+    return found
+
+
+@pytest.mark.multiproc
+def test_a_skewed_router_is_spread_over_the_workers() -> None:
+    still = run_ranks(skewed_run, 4, free_port(), False)[0]
+    moved = run_ranks(skewed_run, 4, free_port(), True)[0]
+    before = [max(imbalances.values()) for _, imbalances in still]
+    after = [max(imbalances.values()) for _, imbalances in moved]
+    assert before[:3] == after[:3]
+    assert min(before) >= 1.8
+    assert max(after[3:]) <= 1.1
+    for (loss, _), (wanted, _) in zip(moved, still, strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-9)
+
+
+def test_looks_come_every_so_many_steps_and_foresee_what_moving_took() -> None:
+    rebalancing = _rebalancing(rebalance_every=2, link_bytes_per_s=1.0)
+    placement = rebalancing.placement
+    rows = {1: [900, 700, 30, 20, 10]}
+    works = [ExpertWork(slot_rows=rows, seconds={1: 0.1})]
+    works += [ExpertWork(slot_rows={1: [10] * 5}, seconds={1: 0.1})] * 3
+    assert rebalancing.saw(works) is None
+    proposal = rebalancing.saw(works)
+    assert proposal is not None
+    # At a byte a second nothing is worth moving.
+    assert not proposal.adopt
+    assert "not worth moving" in proposal.reason
+    rebalancing.moved(placement, [Moved(layers=(1,), received_bytes=10**12, seconds=0.1)])
+    assert rebalancing.saw(works, steps=2).adopt
+
+
+def test_what_workers_did_is_told_by_expert_and_by_rank() -> None:
+    layout = Layout(pipeline=1, experts=2, replicas=2, schedule="1f1b")
+    placement = contiguous_placement(replace(MODEL, n_routed_experts=4), 2, [3, 3])
+    works = [
+        ExpertWork(slot_rows={1: [5, 6, 7]}, seconds={1: 2.0}),  # experts 0, 1 and a copy of 2
+        ExpertWork(slot_rows={1: [1, 2, 3]}, seconds={1: 3.0}),  # experts 2, 3 and a copy of 0
+        ExpertWork(slot_rows={1: [1, 1, 0]}, seconds={1: 0.0}),
+        ExpertWork(slot_rows={1: [0, 0, 0]}, seconds={1: 1.0}),
+    ]
+    assert loads_of(placement, layout, works)[1].tolist() == [5 + 1 + 3, 6 + 1, 7 + 1, 2]
+    assert rows_per_s_of(layout, works) == [10.0, 1.5]
+    assert rank_imbalance(layout, works) == {1: 20 * 2 / 26}
+    nobody = [ExpertWork(slot_rows={1: [0, 0, 0]}, seconds={1: 0.0})] * 4
+    assert rows_per_s_of(layout, nobody) == [None, None]
+    assert rank_imbalance(layout, nobody) == {}
+
+
+def test_impossible_speeds_are_refused_and_nothing_is_taken_in() -> None:
+    rebalancing = _rebalancing(rebalance_every=1)
+    works = [ExpertWork(slot_rows={1: [5] * 5}, seconds={1: float("nan")})] * 4
+    with pytest.raises(RunError):
+        rebalancing.saw(works)
+    assert rebalancing.saw([replace(work, seconds={1: 1.0}) for work in works]) is not None
+
+
+def test_nodes_come_from_the_workers_hosts_or_from_the_run_file() -> None:
+    layout = Layout(pipeline=2, experts=4, schedule="dualpipe")
+    config = ExpertsConfig()
+    assert config.nodes_of(layout, ["a"] * 8) == (None, "")
+    assert config.nodes_of(layout, list("aabbccdd")) == (NodeMap(node_of=(0, 0, 1, 1)), "")
+    nodes, word = config.nodes_of(layout, list("aabbcddd"))
+    assert nodes is None
+    assert "lie differently" in word
+    assert replace(config, dispatch="flat").nodes_of(layout, list("aabbccdd")) == (None, "")
+    by_hand = replace(config, ranks_per_node=1)
+    assert by_hand.nodes_of(layout, ["a"] * 8)[0] == NodeMap(node_of=(0, 1, 2, 3))
+
+
+def test_a_checkpoints_placement_is_taken_if_it_fits() -> None:
+    from dualray.parallel.slots import to_plain
+
+    other = _rebalancing().placement
+    plain = to_plain(other)
+    assert EXPERTS.placement_after(plain, MODEL, LAYOUT) == other
+    fewer = replace(EXPERTS, redundant=0)
+    assert fewer.placement_after(plain, MODEL, LAYOUT) == contiguous_placement(MODEL, 4)
+    assert fewer.placement_after(None, MODEL, LAYOUT) == contiguous_placement(MODEL, 4)
+    assert np.all(np.array(fewer.first_placement(MODEL, LAYOUT).slots(1)) == 4)
