@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -43,3 +43,8 @@ class NodeMap:
         if self.node_of[source] == node:
             return source
         return there[own.index(source) % len(there)]
+
+    def across(self, rank: int, sent_bytes: Mapping[int, int]) -> int:
+        """Of the bytes that `rank` sent to each rank those that went to other nodes."""
+        own = self.node_of[rank]
+        return sum(count for other, count in sent_bytes.items() if self.node_of[other] != own)

@@ -50,6 +50,11 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def choice_dtype(num_slots: int) -> torch.dtype:
+    """What the slots of a token's choices travel as; -1 is none."""
+    return torch.int16 if num_slots < 2**15 else torch.int32
+
+
 class RowCode(Protocol):
     """How a row is written while it travels."""
 
