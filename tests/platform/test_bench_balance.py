@@ -159,14 +159,14 @@ def test_claims_pair_seeds() -> None:
     # Seeds differ by 0.1 in loss, and not at all in differences between settings.
     by_claim = {claim["claim"]: claim for claim in claims(rows)}
     assert {claim: found["verdict"] for claim, found in by_claim.items()} == {
-        "bias has a lower max_vio_batch than none": "yes",
-        "bias has a lower max_vio_global than none": "yes",
-        "bias has a lower max_vio_batch than aux_loss": "yes",
-        "bias has a lower max_vio_global than aux_loss": "yes",
-        "bias has no higher heldout_loss than aux_loss": "yes",
-        "bias has no higher heldout_loss than none": "no",
+        "bias has a lower MaxVio of a batch than none": "yes",
+        "bias has a lower MaxVio of the held-out text than none": "yes",
+        "bias has a lower MaxVio of a batch than auxiliary loss": "yes",
+        "bias has a lower MaxVio of the held-out text than auxiliary loss": "yes",
+        "bias has no higher held-out loss than auxiliary loss": "yes",
+        "bias has no higher held-out loss than none": "no",
     }
-    found = by_claim["bias has no higher heldout_loss than aux_loss"]
+    found = by_claim["bias has no higher held-out loss than auxiliary loss"]
     assert found["differences"] == pytest.approx([-0.08] * 3)
     assert found["standard_error"] == pytest.approx(0.0, abs=1e-12)
 
@@ -206,7 +206,7 @@ def test_command_prints_a_table_and_writes_record_and_page(
     assert [line.split("  ")[0].strip() for line in rest[:4]] == [
         "none", "auxiliary loss", "bias", "both"
     ]  # fmt: skip
-    assert rest[4].startswith("bias has a lower max vio batch than none: ")
+    assert rest[4].startswith("bias has a lower MaxVio of a batch than none: ")
     assert rest[10] == f"appended to {record}"
     text = page.read_text()
     assert text.count("<svg") == 2

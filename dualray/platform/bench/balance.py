@@ -98,21 +98,39 @@ def _model(
 FULL = Workload(
     model=_model(hidden=128, layers=4, experts=32, chosen=4, width=64, context=128),
     train=TrainConfig(
-        steps=400,
+        steps=300,
         seq_len=128,
         micro_batches=1,
         micro_batch_size=16,
         lr=3e-3,
         warmup_steps=20,
         optimizer="adamw",
-        gamma=0.01,
-        gamma_steps=386,
+        gamma=0.003,
+        gamma_steps=290,
     ),
     aux_alpha=0.01,
     seeds=(0, 1, 2),
     heldout_batches=64,
     vocabulary="bpe:1024",
 )
+"""3.0M parameters, 0.6M tokens a training: some 90 s of one core each.
+
+Gamma and the auxiliary loss' weight were chosen with a seed (100) of its own and by one rule: the
+least held-out loss among what balances at all (MaxVio of a batch below 1). Held-out loss, MaxVio of
+a batch and of the held-out text there:
+
+    none                 3.430   5.46   5.37
+    gamma 0.001          3.432   2.32   1.62
+    gamma 0.003          3.433   0.43   0.31
+    gamma 0.01           3.439   0.49   0.56
+    gamma 0.03           3.440   0.77   0.70
+    aux_alpha 0.001      3.424   4.16   3.79
+    aux_alpha 0.01       3.436   0.56   0.49
+    aux_alpha 0.1        3.438   0.34   0.20
+
+The published gamma of 0.001 is for tens of thousands of steps and more: in 300 it moves a bias by
+0.3 at most, which does not yet reach balance. Biases freeze for the last 3 % of the steps, as
+DeepSeek-V3's did."""
 
 
 QUICK = Workload(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from dualray.platform.bench.balance_result import Row
+from dualray.platform.bench.balance_result import WORDS, Row
 from dualray.platform.readable import count
 from dualray.platform.report import html
 from dualray.platform.report.style import (
@@ -23,12 +23,6 @@ from dualray.platform.report.style import (
 )
 
 COLORS = {"none": GREY, "aux_loss": ORANGE, "bias": BLUE, "aux_loss_and_bias": GREEN}
-NAMES = {
-    "none": "none",
-    "aux_loss": "auxiliary loss",
-    "bias": "bias",
-    "aux_loss_and_bias": "both",
-}
 HEAD = (
     "balance",
     "training loss",
@@ -44,7 +38,7 @@ def cells(row: Row) -> list[str]:
     """The texts of one setting's row of the table, behind `HEAD`: means over the seeds."""
     mean = row["mean"]
     return [
-        NAMES[row["balance"]],
+        WORDS[row["balance"]],
         f"{mean['train_loss']:.4f}",
         f"{mean['heldout_loss']:.4f}",
         f"{mean['heldout_bits_per_byte']:.4f}",
@@ -59,7 +53,7 @@ def claim_cells(claim: Row) -> list[str]:
     error = claim["standard_error"]
     spread = "" if error is None else f" (standard error {error:.4f})"
     return [
-        claim["claim"].replace("_", " "),
+        claim["claim"],
         ", ".join(f"{difference:+.4f}" for difference in claim["differences"]),
         f"{claim['mean']:+.4f}{spread}",
         claim["verdict"],
@@ -123,9 +117,10 @@ def _what_they_are() -> str:
 def _how_it_is_judged() -> str:
     return (
         "<p>Differences are those of one seed: the same weights to begin with and the same "
-        "batches. <i>Yes</i> and <i>no</i> are means further from 0 than 95 % of draws of equal "
-        "settings would lie (Student's t); a loss is no higher, too, where its mean "
-        "difference is not above 0. All else is undecided.</p>"
+        "batches. A figure is lower where the mean difference lies further below 0 than 95 % of "
+        "draws of equal settings would (Student's t), and is not where the mean is not below 0. "
+        "A loss is no higher where the mean is not above 0, and is higher where it lies further "
+        "above 0 than 95 % of draws. All else is undecided.</p>"
     )
 
 
@@ -157,7 +152,7 @@ def settings_figure(rows: Sequence[Row]) -> str:
 
 
 def _wrapped(setting: str) -> str:
-    return NAMES[setting].replace(" ", "\n")
+    return WORDS[setting].replace(" ", "\n")
 
 
 def curves_figure(rows: Sequence[Row]) -> str:
@@ -169,7 +164,7 @@ def curves_figure(rows: Sequence[Row]) -> str:
         for row in rows:
             setting = row["balance"]
             color = COLORS[setting]
-            left.plot(steps, _mean_curve(row, "max_vio_curve"), color=color, label=NAMES[setting])
+            left.plot(steps, _mean_curve(row, "max_vio_curve"), color=color, label=WORDS[setting])
             apart = means[setting] - means["aux_loss"]
             right.plot(steps, smooth(apart.tolist(), max(1, len(steps) // 10)), color=color)
         left.set_title("MaxVio of a batch")

@@ -43,6 +43,17 @@ _T_95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895}
 """Student's t by degrees of freedom: 95 % of a fair difference's draws lie below so many standard
 errors."""
 
+WORDS = {
+    "max_vio_batch": "MaxVio of a batch",
+    "max_vio_global": "MaxVio of the held-out text",
+    "heldout_loss": "held-out loss",
+    "none": "none",
+    "aux_loss": "auxiliary loss",
+    "bias": "bias",
+    "aux_loss_and_bias": "both",
+}
+"""What tables call figures and settings."""
+
 Row = dict[str, Any]
 Heard = Callable[[str], None]
 
@@ -123,7 +134,8 @@ def claims(rows: Sequence[Row]) -> list[Row]:
     result = []
     for figure, other in _EXPECTED:
         is_loss = figure == "heldout_loss"
-        words = f"bias has {'no higher' if is_loss else 'a lower'} {figure} than {other}"
+        wanted = "no higher" if is_loss else "a lower"
+        words = f"bias has {wanted} {WORDS[figure]} than {WORDS[other]}"
         verdict = judged(differences(figure, other), lower=not is_loss)
         result.append({"claim": words, "figure": figure, "against": other, **verdict})
     return result
@@ -132,8 +144,9 @@ def claims(rows: Sequence[Row]) -> list[Row]:
 def judged(differences: Sequence[float], *, lower: bool) -> Row:
     """Paired differences, their mean and its standard error, and a verdict.
 
-    `lower` asks for a mean below 0; without it one that is not above 0 suffices. Means count as
-    above or below where they lie further from 0 than 95 % of draws of equal things would.
+    `lower` asks for differences below 0: `yes` if the mean lies further below it than 95 % of
+    draws of equal things would, `no` if it is not below it at all. Otherwise a mean that is not
+    above 0 is a `yes`, and one further above it than 95 % of draws a `no`.
     """
     count, mean, error = len(differences), statistics.fmean(differences), None
     is_sure = False

@@ -5,16 +5,16 @@ Shape suffixes: L MoE layers, E experts, R expert ranks, N nodes, P places (R or
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from dualray.platform.loads import LoadsFile, loads_files
+from dualray.platform.loads import loads_files
 
 MAX_COLUMNS = 240
-_PLACE = ["column", "layer", "expert", "rank", "node"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,38 +44,61 @@ def read_history(folder: Path, columns: int = MAX_COLUMNS) -> LoadHistory | None
         return None
     first, last = files[0].first, files[-1].last
     columns = min(columns, last - first + 1)
-    parts = [_summed(file, first, last, columns) for file in files]
-    table = pa.concat_tables(parts)
-    layers, layer = np.unique(table["layer"].to_numpy(), return_inverse=True)
-    nodes, node = np.unique(table["node"].to_numpy().astype(str), return_inverse=True)
-    column, tokens = table["column"].to_numpy(), table["tokens_sum"].to_numpy()
-
-    def spread(place: np.ndarray) -> np.ndarray:
-        shape = (len(layers), int(place.max()) + 1, columns)
-        cell = np.ravel_multi_index((layer, place, column), shape)
-        # Counts are whole numbers below 2^53, so float64 sums are exact.
-        sums = np.bincount(cell, tokens, minlength=np.prod(shape))
-        noted = np.bincount(cell, minlength=len(sums))
-        return np.where(noted > 0, sums, np.nan).reshape(shape)
-
+    sums = {name: np.zeros((2, 0, 0, columns)) for name in ("expert", "rank", "node")}
+    nodes: dict[str, int] = {}
+    for file in files:
+        table = file.read().unify_dictionaries().combine_chunks()
+        steps = table["step"].to_numpy().astype(np.int64)
+        column = (steps - first) * columns // (last - first + 1)
+        layer, tokens = (table[name].to_numpy().astype(np.int64) for name in ("layer", "tokens"))
+        for name in sums:
+            place = _nodes(table, nodes) if name == "node" else table[name].to_numpy()
+            part = _summed(layer, place.astype(np.int64), column, tokens, columns)
+            sums[name] = _padded_sum(sums[name], part)
+    order = sorted(nodes)
+    sums["node"] = sums["node"][:, :, [nodes[node] for node in order]]
+    layers = np.flatnonzero(sums["rank"][1].any(axis=(1, 2)))
+    experts, ranks, by_node = (_known(sums[name][:, layers]) for name in sums)
     return LoadHistory(
         first=first,
         last=last,
         layers=tuple(layers.tolist()),
-        nodes=tuple(nodes.tolist()),
-        experts_LEC=spread(table["expert"].to_numpy()),
-        ranks_LRC=spread(table["rank"].to_numpy()),
-        nodes_LNC=spread(node),
+        nodes=tuple(order),
+        experts_LEC=experts,
+        ranks_LRC=ranks,
+        nodes_LNC=by_node,
     )
 
 
-def _summed(file: LoadsFile, first: int, last: int, columns: int) -> pa.Table:
-    """The rows of one file by column and place."""
-    table = file.read()
-    column = (table["step"].to_numpy().astype(np.int64) - first) * columns // (last - first + 1)
-    table = table.append_column("column", pa.array(column))
-    table = table.set_column(4, "node", table["node"].cast(pa.string()))
-    return table.group_by(_PLACE).aggregate([("tokens", "sum")])
+def _nodes(table: pa.Table, known: dict[str, int]) -> np.ndarray:
+    """Numbers of the rows' nodes; new nodes are added to `known`."""
+    column = table["node"].chunk(0)
+    numbers = [known.setdefault(node, len(known)) for node in column.dictionary.to_pylist()]
+    return np.array(numbers)[column.indices.to_numpy()]
+
+
+def _summed(
+    layer: np.ndarray, place: np.ndarray, column: np.ndarray, tokens: np.ndarray, columns: int
+) -> np.ndarray:
+    """(2, L, P, C): tokens, and how many rows they are sums of; by every layer up to the last."""
+    shape = (int(layer.max()) + 1, int(place.max()) + 1, columns)
+    cell = (layer * shape[1] + place) * columns + column
+    # Counts are whole numbers below 2^53, so float64 sums are exact.
+    both = (np.bincount(cell, weights, math.prod(shape)) for weights in (tokens, None))
+    return np.stack([counts.reshape(shape) for counts in both])
+
+
+def _padded_sum(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The sum of arrays that may each be longer than the other."""
+    total = np.zeros(np.maximum(one.shape, other.shape))
+    for part in (one, other):
+        total[tuple(slice(size) for size in part.shape)] += part
+    return total
+
+
+def _known(sums: np.ndarray) -> np.ndarray:
+    tokens_LPC, rows_LPC = sums
+    return np.where(rows_LPC > 0, tokens_LPC, np.nan)
 
 
 def relative_to_mean(places_LPC: np.ndarray) -> np.ndarray:
