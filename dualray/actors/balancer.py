@@ -7,13 +7,10 @@ experts did and lets experts move. Requests wait as they would for a longer step
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from dualray.parallel.rebalancing import Rebalancing
-
-_log = logging.getLogger(__name__)
 
 
 class ServingBalancer:
@@ -21,7 +18,8 @@ class ServingBalancer:
 
     def __init__(self, rebalancing: Rebalancing, workers: Sequence[Any]) -> None:
         self.rebalancing = rebalancing
-        self.num_migrations = 0
+        self.migrations: list[str] = []
+        """What was done and why, a sentence each."""
         self._workers = tuple(workers)
         self._steps = 0
 
@@ -41,10 +39,8 @@ class ServingBalancer:
             *(w.move_experts.remote(proposal.placement) for w in self._workers)
         )
         self.rebalancing.moved(proposal.placement, moved)
-        self.num_migrations += 1
-        _log.info(
-            "%s: slowest rank %.2f of the mean, %.2f before",
-            proposal.reason,
-            proposal.imbalance_after,
-            proposal.imbalance_before,
+        self.migrations.append(
+            f"{proposal.reason}; slowest rank of a layer {proposal.imbalance_before:.2f} of the "
+            f"mean, {proposal.imbalance_after:.2f} foreseen; moved in "
+            f"{max(each.seconds for each in moved):.2f} s"
         )

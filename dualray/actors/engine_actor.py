@@ -89,10 +89,13 @@ class EngineActor:
             "num_running": scheduler.num_running,
             "num_waiting": scheduler.num_waiting,
             "cache_usage": scheduler.cache_usage,
-            "num_migrations": 0 if self._balancer is None else self._balancer.num_migrations,
             **asdict(self._engine.weights),
             **asdict(self._engine.stats),
         }
+
+    async def migrations(self) -> list[str]:
+        """What moved experts while serving, a sentence for each time."""
+        return [] if self._balancer is None else self._balancer.migrations
 
     async def _before_step(self) -> None:
         if self._balancer is not None:

@@ -149,8 +149,17 @@ class Controller:
             ended = self._train(gang)
         if run.serve.after_training and not self._stop.is_set():
             self._serve(gang, ended)
-            while not self._stop.wait(_LOOK_AFTER_WORKERS_S):
-                gang.call("info")
+            self._look_after(gang)
+
+    def _look_after(self, gang: Gang) -> None:
+        """Until told to stop: see that workers live, and tell when experts move."""
+        told = 0
+        while not self._stop.wait(_LOOK_AFTER_WORKERS_S):
+            gang.call("info")
+            migrations = ray.get(self._engine.migrations.remote())
+            for sentence in migrations[told:]:
+                self._events.append(Note(f"experts while serving: {sentence}"))
+            told = len(migrations)
 
     def _spec(self) -> WorkerSpec:
         run = self._a.run

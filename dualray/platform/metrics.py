@@ -1,8 +1,8 @@
 """`metrics.jsonl`: what a run says about itself, one JSON object a line.
 
 A line is either one optimizer step (`StepMetrics`) or an event, marked by its `event` key
-(`PhaseEntered`, `Decided`, `ExpertsMoved`, `CheckpointSaved`, `Switch`, `Yardsticks`). The file only
-ever grows by whole lines, each written with one system call, so that killing the process leaves at
+(`PhaseEntered`, `Decided`, `ExpertsMoved`, `CheckpointSaved`, `Switch`, `Yardsticks`). The file
+only ever grows by whole lines, each written with one system call, so that killing the process leaves at
 most one torn line at the end: readers skip it, and a resumed run cuts it off before it appends.
 
 JSON has no NaN; a loss that is not finite is written as null and read back as NaN.
