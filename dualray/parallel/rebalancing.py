@@ -21,6 +21,7 @@ from dualray.parallel.layout import Layout, holders
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.proposal import Proposal
 from dualray.parallel.slots import ExpertPlacement
+from dualray.parallel.speed_fit import fit_speeds
 from dualray.schedule.actions import Schedule
 
 _ROWS_PER_S = 1e5
@@ -117,13 +118,13 @@ def loads_of(
 
 
 def rows_per_s_of(layout: Layout, works: Sequence[ExpertWork]) -> list[float | None]:
-    """Rows a second of every expert rank in forwards; None where no row came."""
-    rows, seconds = [0] * layout.experts, [0.0] * layout.experts
+    """Rows a second of every expert rank in forwards; None where no row came or none was timed."""
+    measured: list[list[tuple[float, float]]] = [[] for _ in range(layout.experts)]
     for rank, work in enumerate(works):
-        expert_rank = layout.coordinate(rank).expert
-        rows[expert_rank] += sum(sum(counts) for counts in work.slot_rows.values())
-        seconds[expert_rank] += sum(work.seconds.values())
-    return [count / took if count and took else None for count, took in zip(rows, seconds)]
+        measured[layout.coordinate(rank).expert] += [
+            (sum(rows), work.seconds.get(layer, 0.0)) for layer, rows in work.slot_rows.items()
+        ]
+    return fit_speeds(measured)
 
 
 def rank_imbalance(layout: Layout, works: Sequence[ExpertWork]) -> dict[int, float]:

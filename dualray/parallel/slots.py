@@ -90,7 +90,8 @@ def contiguous_placement(
     """Runs of experts in order, in every MoE layer, and copies where there are more slots.
 
     `slots` are those of each rank; left out they are equal and none is redundant. Redundant ones
-    hold, until somebody knows the loads, the experts that follow the rank's own.
+    hold, until somebody knows the loads, other experts of the router groups that the rank has
+    experts of, which are on its node if groups are, and behind these the experts that follow.
 
     Raises ConfigError if the ranks do not divide the experts, or `slots` does not hold them.
     """
@@ -115,12 +116,21 @@ def contiguous_placement(
         )
     ends = [num_experts * sum(slots[: r + 1]) // sum(slots) for r in range(num_ranks)]
     starts = [0, *ends[:-1]]
-    ranks = tuple(
-        tuple((start + index) % num_experts for index in range(count))
-        for start, count in zip(starts, slots)
-    )
     homes = tuple(end - start for start, end in zip(starts, ends))
+    ranks = tuple(
+        (*range(start, end), *_neighbours(config, start, end)[: count - (end - start)])
+        for start, end, count in zip(starts, ends, slots)
+    )
     return ExpertPlacement(
         held=dict.fromkeys(config.moe_layers, ranks),
         num_homes=dict.fromkeys(config.moe_layers, homes),
     )
+
+
+def _neighbours(config: ModelConfig, start: int, end: int) -> list[int]:
+    """All experts but [start, end), those of the same router groups first."""
+    num_experts = config.n_routed_experts
+    size = num_experts // config.n_group
+    others = [expert % num_experts for expert in range(end, start + num_experts)]
+    own = {expert // size for expert in range(start, end)}
+    return sorted(others, key=lambda expert: expert // size not in own)

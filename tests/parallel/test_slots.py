@@ -26,9 +26,20 @@ def test_redundant_slots_hold_copies_and_ranks_may_differ() -> None:
     assert placement.slots(1) == [5, 3, 4]
     homes = [placement.homes(1, rank) for rank in range(3)]
     assert homes == [(0, 1, 2), (3, 4), (5, 6, 7)]
-    assert [placement.copies(1, rank) for rank in range(3)] == [(3, 4), (5,), (0,)]
+    assert [placement.copies(1, rank) for rank in range(3)] == [(3, 4), (5,), (4,)]
     assert placement.slots_of(1)[3] == [5, 3]  # the home is on the second rank
     assert placement.home_ranks(1) == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 2, 6: 2, 7: 2}
+
+
+def test_first_copies_stay_in_the_router_groups_of_their_rank() -> None:
+    config = tiny_config(n_routed_experts=16, n_group=2, topk_group=1)
+    placement = contiguous_placement(config, 4, [6] * 4)
+    for rank in range(4):
+        assert placement.homes(1, rank) == tuple(range(4 * rank, 4 * rank + 4))
+        group = rank // 2
+        assert all(expert // 8 == group for expert in placement.held[1][rank])
+    wide = contiguous_placement(config, 2, [10, 10])
+    assert wide.copies(1, 0) == (8, 9)  # there is no other expert of its group
 
 
 def test_an_expert_has_exactly_one_home() -> None:
