@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,21 +29,30 @@ class NodeMap:
     def num_nodes(self) -> int:
         return max(self.node_of, default=-1) + 1
 
+    @cached_property
+    def _ranks_on(self) -> dict[int, tuple[int, ...]]:
+        ranks: dict[int, list[int]] = {}
+        for rank, node in enumerate(self.node_of):
+            ranks.setdefault(node, []).append(rank)
+        return {node: tuple(its) for node, its in ranks.items()}
+
     def ranks_on(self, node: int) -> tuple[int, ...]:
         """The ranks of a node, ascending."""
-        return tuple(rank for rank, its in enumerate(self.node_of) if its == node)
+        return self._ranks_on[node]
 
     def relay(self, source: int, node: int) -> int:
         """Who takes what rank `source` sends to `node`, and passes it on there.
 
-        On the source's own node it is the source. Elsewhere ranks take turns by their number
-        within their node, so that each relays for as many sources as the others, or one more.
+        On the source's own node it is the source. Elsewhere ranks take the sources of all other
+        nodes in turn, so that none relays for more than one source above another; where nodes
+        are equal, ranks send to those of their own number in other nodes.
         """
-        own = self.ranks_on(self.node_of[source])
-        there = self.ranks_on(node)
-        if self.node_of[source] == node:
+        own = self.node_of[source]
+        if own == node:
             return source
-        return there[own.index(source) % len(there)]
+        before = sum(len(self.ranks_on(other)) for other in range(own) if other != node)
+        there = self.ranks_on(node)
+        return there[(before + self.ranks_on(own).index(source)) % len(there)]
 
     def across(self, rank: int, sent_bytes: Mapping[int, int]) -> int:
         """Of the bytes that `rank` sent to each rank those that went to other nodes."""
