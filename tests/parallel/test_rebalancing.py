@@ -121,12 +121,15 @@ def test_what_workers_did_is_told_by_expert_and_by_rank() -> None:
     assert rank_imbalance(layout, nobody) == {}
 
 
-def test_impossible_speeds_are_refused_and_nothing_is_taken_in() -> None:
+def test_impossible_loads_are_refused_and_nothing_is_taken_in() -> None:
     rebalancing = _rebalancing(rebalance_every=1)
-    works = [ExpertWork(slot_rows={1: [5] * 5}, seconds={1: float("nan")})] * 4
-    with pytest.raises(RunError):
-        rebalancing.saw(works)
-    assert rebalancing.saw([replace(work, seconds={1: 1.0}) for work in works]) is not None
+    works = [ExpertWork(slot_rows={1: [5, 5, 5, 5, 5]}, seconds={1: 1.0})] * 4
+    broken = [replace(works[0], slot_rows={1: [-50, 5, 5, 5, 5]}), *works[1:]]
+    with pytest.raises(RunError, match="layer 1"):
+        rebalancing.saw(broken)
+    first = rebalancing.saw(works)
+    assert first is not None
+    assert first.imbalance_before == _rebalancing(rebalance_every=1).saw(works).imbalance_before
 
 
 def test_nodes_come_from_the_workers_hosts_or_from_the_run_file() -> None:
