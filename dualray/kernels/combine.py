@@ -1,8 +1,8 @@
 """The routed experts' outputs back in token order, weighted by their gates and summed.
 
-The backward makes the gradients of the sorted rows and of the gates in one walk over blocks
-that stay in a core's cache. Plain autograd makes T*K rows in token order first, and sorts
-them afterwards: 18 against 4 ms at 4096 tokens, 4 choices, 256 wide, fp32, on one core.
+`embedding_bag` gathers rows, weights and adds them in one pass: 0.2 ms where a gather and a batched
+product take 3.3, at 4096 tokens, 4 choices, 256 wide, bf16, on one core. Its own backward would
+scatter; this one gathers too, each sorted row once.
 
 T tokens, K choices, N = T*K choices, M >= N sorted rows (some may be padding), D width.
 """
@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dualray.kernels.blocks import blocks
 from dualray.kernels.permute import permute
 
 
@@ -26,7 +26,10 @@ def combine(y_MD: Tensor, gates_TK: Tensor, order_M: Tensor, inverse_N: Tensor) 
     """
     if torch.is_grad_enabled():
         return _Combine.apply(y_MD, gates_TK, order_M, inverse_N)
-    return combine_reference(y_MD, gates_TK, order_M, inverse_N)
+    if torch.compiler.is_compiling():
+        # Inductor has no code of its own for bags, and fuses the twin.
+        return combine_reference(y_MD, gates_TK, order_M, inverse_N)
+    return _weighted_sums(y_MD, gates_TK, inverse_N.view(gates_TK.shape))
 
 
 def combine_reference(y_MD: Tensor, gates_TK: Tensor, order_M: Tensor, inverse_N: Tensor) -> Tensor:
@@ -35,34 +38,52 @@ def combine_reference(y_MD: Tensor, gates_TK: Tensor, order_M: Tensor, inverse_N
     return torch.bmm(gates_TK.to(y_MD.dtype)[:, None], rows_TKD).squeeze(1)
 
 
+def gate_grads(y_MD: Tensor, dy_TD: Tensor, row_TK: Tensor) -> Tensor:
+    """Each choice's row of y times the gradient of its token's sum: (T, K) in the dtype of y.
+
+    The products of a row are summed in at least fp32, on a CPU without a copy of the rows.
+    """
+    if y_MD.device.type != "cpu" or not row_TK.numel():
+        return gate_grads_reference(y_MD, dy_TD, row_TK)
+    T, K = row_TK.shape
+    choice_N = torch.arange(T * K)
+    d_gates = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        dy_TD.contiguous(), y_MD, row_TK.flatten(), choice_N[::K], choice_N // K, 0
+    )
+    return d_gates.view(T, K)
+
+
+def gate_grads_reference(y_MD: Tensor, dy_TD: Tensor, row_TK: Tensor) -> Tensor:
+    """The slow twin."""
+    rows_TKD = y_MD.index_select(0, row_TK.flatten()).view(*row_TK.shape, y_MD.shape[1])
+    dtype = torch.promote_types(y_MD.dtype, torch.float32)
+    return (rows_TKD * dy_TD.to(dtype)[:, None]).sum(-1).to(y_MD.dtype)
+
+
+def _weighted_sums(y_MD: Tensor, gates_TK: Tensor, row_TK: Tensor) -> Tensor:
+    if not row_TK.numel():
+        return y_MD.new_zeros(len(row_TK), y_MD.shape[1])
+    weights = gates_TK.to(y_MD.dtype)
+    return F.embedding_bag(row_TK, y_MD, mode="sum", per_sample_weights=weights)
+
+
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, y_MD: Tensor, gates_TK: Tensor, order_M: Tensor, inverse_N: Tensor
     ) -> Tensor:
         ctx.save_for_backward(y_MD, gates_TK, order_M, inverse_N)
-        T, K = gates_TK.shape
-        out_TD = y_MD.new_empty(T, y_MD.shape[1])
-        gates, inverse_TK = gates_TK.to(y_MD.dtype)[:, None], inverse_N.view(T, K)
-        for tokens in blocks(out_TD, K):
-            rows = y_MD.index_select(0, inverse_TK[tokens].flatten()).unflatten(0, (-1, K))
-            torch.bmm(gates[tokens], rows, out=out_TD[tokens, None])
-        return out_TD
+        return _weighted_sums(y_MD, gates_TK, inverse_N.view(gates_TK.shape))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_MD, gates_TK, order_M, inverse_N = ctx.saved_tensors
-        M = len(y_MD)
-        d_rows_MD, d_gate_M = torch.empty_like(y_MD), gates_TK.new_empty(M)
         choice_M = order_M.clamp(min=0)
-        gate_M = gates_TK.flatten()[choice_M]
-        if inverse_N.numel() < M:
+        gate_M = gates_TK.flatten().index_select(0, choice_M)
+        if inverse_N.numel() < len(y_MD):
             gate_M = gate_M.masked_fill(order_M < 0, 0)
-        gate_M = gate_M.to(y_MD.dtype)
         token_M = choice_M.div(gates_TK.shape[1], rounding_mode="floor")
-        for rows in blocks(y_MD):
-            d_rows = torch.index_select(dy_TD, 0, token_M[rows], out=d_rows_MD[rows])
-            d_gate_M[rows] = (d_rows.to(d_gate_M.dtype) * y_MD[rows]).sum(-1)
-            d_rows.mul_(gate_M[rows, None])
-        return d_rows_MD, d_gate_M[inverse_N].view_as(gates_TK), None, None
+        d_rows_MD = _weighted_sums(dy_TD, gate_M[:, None], token_M[:, None])
+        d_gates_TK = gate_grads(y_MD, dy_TD, inverse_N.view(gates_TK.shape))
+        return d_rows_MD, d_gates_TK.to(gates_TK.dtype), None, None

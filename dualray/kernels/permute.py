@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from dualray.kernels.blocks import blocks
 
 
 def sort_by_key(key_N: Tensor, num_keys: int, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,14 +26,13 @@ def sort_by_key(key_N: Tensor, num_keys: int, multiple: int = 1) -> tuple[Tensor
     counts = order.new_zeros(num_keys).scatter_add_(0, key_N, torch.ones_like(key_N))
     row = torch.arange(order.numel(), device=order.device)
     if multiple == 1:
-        inverse[order] = row
+        inverse.scatter_(0, order, row)
         return order, inverse, counts
     rows = (counts + multiple - 1) // multiple * multiple
     padding = rows - counts
-    row += (padding.cumsum(0) - padding)[key_N[order]]
-    inverse[order] = row
-    padded = order.new_full((int(rows.sum()),), -1)
-    padded[row] = order
+    row += (padding.cumsum(0) - padding).index_select(0, key_N.index_select(0, order))
+    inverse.scatter_(0, order, row)
+    padded = order.new_full((int(rows.sum()),), -1).scatter_(0, row, order)
     return padded, inverse, rows
 
 
@@ -82,10 +80,10 @@ class _Replicate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, None, None]:
         (inverse_N,) = ctx.saved_tensors
-        dx_TD = dy_ND.new_empty(inverse_N.numel() // ctx.copies, dy_ND.shape[1])
-        for tokens in blocks(dx_TD, ctx.copies):
-            rows = dy_ND.index_select(0, inverse_N.view(-1, ctx.copies)[tokens].flatten())
-            torch.sum(rows.unflatten(0, (-1, ctx.copies)), 1, out=dx_TD[tokens])
+        if not inverse_N.numel():
+            return dy_ND.new_zeros(0, dy_ND.shape[1]), None, None
+        # One pass, where a gather and a sum would make all rows in between.
+        dx_TD = F.embedding_bag(inverse_N.view(-1, ctx.copies), dy_ND, mode="sum")
         return dx_TD, None, None
 
 

@@ -28,6 +28,23 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def swiglu_into(gate_up: Tensor, out: Tensor) -> None:
+    """`swiglu` without gradients, written to `out` (N, F)."""
+    for rows in blocks(gate_up):
+        gate, up = gate_up[rows].chunk(2, dim=-1)
+        torch.ops.aten.silu.out(gate, out=out[rows]).mul_(up)
+
+
+def swiglu_grad_(gate_up: Tensor, dy: Tensor, out: Tensor) -> None:
+    """The gradient of `gate_up`, written over it, and its `swiglu` once more, written to `out`."""
+    for rows in blocks(gate_up):
+        gate, up = gate_up[rows].chunk(2, dim=-1)
+        d_silu, silu = dy[rows] * up, F.silu(gate)
+        torch.mul(silu, up, out=out[rows])
+        torch.mul(silu, dy[rows], out=up)
+        torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=gate)
+
+
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class _SplitGroupedLinear(torch.autograd.Function):
         dy = dy.contiguous()
 
         def accumulate(main_grad: Tensor) -> None:
-            main_grad.add_(grouped_gemm.grouped_mm_weight_grad(dy, x, offsets))
+            grouped_gemm.accumulate_weight_grad(main_grad, dy, x, offsets)
 
         ctx.sink.submit(weight, accumulate)
         return grouped_gemm.grouped_mm_input_grad(dy, weight, offsets), None, None, None

@@ -17,7 +17,8 @@ from dualray.kernels.permute import replicate, sort_by_key
 from dualray.kernels.swiglu import swiglu
 from dualray.model.config import ModelConfig
 from dualray.model.context import Dispatched, Routing, WeightGradSink
-from dualray.model.linear import Linear, grouped_linear
+from dualray.model.expert_ffn import expert_ffn
+from dualray.model.linear import Linear
 from dualray.model.router import Router
 
 
@@ -51,8 +52,7 @@ class Experts(nn.Module):
     def forward(
         self, rows_ND: Tensor, offsets_e: Tensor | int, sink: WeightGradSink | None
     ) -> Tensor:
-        hidden = swiglu(grouped_linear(rows_ND, self.gate_up_proj, offsets_e, sink))
-        return grouped_linear(hidden, self.down_proj, offsets_e, sink)
+        return expert_ffn(rows_ND, self.gate_up_proj, self.down_proj, offsets_e, sink)
 
 
 class MoE(nn.Module):

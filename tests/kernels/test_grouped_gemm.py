@@ -72,3 +72,18 @@ def test_no_tokens_at_all() -> None:
     assert rows.shape == (0, 8)
     assert x.grad is not None
     assert x.grad.shape == (0, 8)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_weight_gradients_are_added_to_a_sum(sizes, dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(sum(sizes), 16, generator=generator).to(dtype)
+    dy = torch.randn(sum(sizes), 24, generator=generator).to(dtype)
+    offsets = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    total = torch.ones(len(sizes), 24, 16, dtype=torch.promote_types(dtype, torch.float32))
+    grouped_gemm.accumulate_weight_grad(total, dy, x, offsets)
+    expected = reference.grouped_mm_weight_grad(dy.double(), x.double(), offsets) + 1
+    # A product is rounded to its dtype before it is added to a wider sum.
+    bounds = {"atol": TOLERANCE[dtype] * 16, "rtol": TOLERANCE[dtype]}
+    torch.testing.assert_close(total.double(), expected, **bounds)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dualray.kernels import blocks
-from dualray.kernels.swiglu import swiglu, swiglu_reference
+from dualray.kernels.swiglu import swiglu, swiglu_grad_, swiglu_into, swiglu_reference
 
 
 @pytest.mark.parametrize("shape", [(5, 14), (0, 8), (12, 2)], ids=str)
@@ -30,3 +30,19 @@ def test_rows_that_are_not_contiguous() -> None:
     dy = torch.randn(5, 4, dtype=torch.float64).t()
     (own,), (expected,) = (torch.autograd.grad(f(x), x, dy) for f in (swiglu, swiglu_reference))
     torch.testing.assert_close(own, expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_in_place_it_gives_the_same_bits(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(blocks, "_BLOCK_NUMEL", 28)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 14, generator=generator).to(dtype).requires_grad_()
+    dy = torch.randn(5, 7, generator=generator).to(dtype)
+    out = swiglu(x)
+    (grad,) = torch.autograd.grad(out, x, dy)
+    own, again, overwritten = torch.empty_like(dy), torch.empty_like(dy), x.detach().clone()
+    swiglu_into(overwritten, own)
+    assert torch.equal(own, out)
+    swiglu_grad_(overwritten, dy, again)
+    assert torch.equal(again, out)
+    assert torch.equal(overwritten, grad)

@@ -14,8 +14,9 @@ from dualray.model.moe import Experts, LocalDispatch
 
 def test_large_groups_are_padded_in_bfloat16_on_a_cpu_only() -> None:
     like = torch.empty(0, dtype=torch.bfloat16)
-    assert row_multiple(like, 64) == 64
     assert row_multiple(like, 63) == 1  # so few different row counts are soon all compiled
+    rows = (64, 1024, 2047, 2048, 4095, 4096, 100_000)
+    assert [row_multiple(like, n) for n in rows] == [16, 16, 16, 32, 32, 64, 64]
     for dtype in (torch.float32, torch.float64):
         assert row_multiple(torch.empty(0, dtype=dtype), 64) == 1
     assert row_multiple(torch.empty(0, dtype=torch.bfloat16, device="meta"), 64) == 1
