@@ -16,6 +16,7 @@ from dualray.checkpoint.writer import Piece, write_rank
 from dualray.data.dataset import TokenDataset
 from dualray.errors import CheckpointError, ConfigError, DataError
 from dualray.parallel.phases import phase_at
+from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.trainer import HeldOut, StepResult
 from dualray.platform.console import Console
 from dualray.platform.events import EventLog, Note
@@ -88,8 +89,9 @@ def train(run: RunFile, *, until: int = 100, first_step: int = 0) -> tuple[FakeG
         dataset = TokenDataset.open(run.data.path, verify=False)
         start = start_of(run.layout, phase_at(run.phases(), first_step), None)
         Training(
-            run, gang, folder, events, log, dataset=dataset, first_step=first_step, start=start
-        ).run(lambda: gang.steps >= until)
+            run, gang, folder, events, log, dataset=dataset, first_step=first_step, start=start,
+            placement=contiguous_placement(run.model, run.layout.experts), nodes=None,
+        ).run(lambda: gang.steps >= until)  # fmt: skip
     return gang, events
 
 

@@ -97,6 +97,7 @@ def train(run: RunFile, gang: FakeGang, first_step: int = 0) -> RunFolder:
             run, gang, place, EventLog(), log,
             dataset=TokenDataset.open(run.data.path, verify=False), first_step=first_step,
             start=start_of(run.layout, run.phases()[0], None),
+            placement=contiguous_placement(run.model, 2), nodes=None,
         ).run(lambda: False)  # fmt: skip
     return place
 

@@ -12,6 +12,7 @@ from support.runs import make_corpus, write_run_file
 from dualray.checkpoint.writer import Piece, write_rank
 from dualray.data.dataset import TokenDataset
 from dualray.parallel.layout import Layout
+from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.spans import COMPUTE, SpanTuple
 from dualray.parallel.trainer import HeldOut, StepResult
 from dualray.platform.events import EventLog
@@ -88,6 +89,8 @@ def train(folder: Path, monkeypatch, **settings: int) -> tuple[FakeGang, RunFold
             dataset=dataset,
             first_step=0,
             start=start_of(run.layout, run.phases()[0], None),
+            placement=contiguous_placement(run.model, run.layout.experts),
+            nodes=None,
         )
         training.run(lambda: False)
     return gang, place
