@@ -38,7 +38,8 @@ from dualray.platform.client import Client
 from dualray.platform.events import Event, EventLog, Note, StateChange
 from dualray.platform.expert_moves import rebalancing_of, refuse_too_many_copies
 from dualray.platform.folder import RunFolder
-from dualray.platform.metrics import MetricsLog, Switch, Yardsticks
+from dualray.platform.metrics import Switch, Yardsticks
+from dualray.platform.metrics_log import MetricsLog
 from dualray.platform.run_file import RunFile, to_mapping
 from dualray.platform.scheduling.choice import phase_with, start_of
 from dualray.platform.states import RunState, check_transition

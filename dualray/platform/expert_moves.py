@@ -18,7 +18,8 @@ from dualray.parallel.rebalancing import Rebalancing, rank_imbalance
 from dualray.parallel.slots import ExpertPlacement, to_plain
 from dualray.parallel.trainer import StepResult
 from dualray.platform.events import EventLog, Note
-from dualray.platform.metrics import ExpertsMoved, MetricsLog
+from dualray.platform.metrics import ExpertsMoved
+from dualray.platform.metrics_log import MetricsLog
 from dualray.platform.run_file import RunFile
 from dualray.platform.scheduling.choice import Choice, Situation
 from dualray.platform.scheduling.memory import worker_bytes

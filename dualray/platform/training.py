@@ -27,13 +27,8 @@ from dualray.platform.events import EventLog, Note
 from dualray.platform.expert_moves import ExpertMoves, imbalance
 from dualray.platform.folder import RunFolder
 from dualray.platform.loads import LoadsLog, Place, tokens_by_place
-from dualray.platform.metrics import (
-    CheckpointSaved,
-    Decided,
-    MetricsLog,
-    PhaseEntered,
-    StepMetrics,
-)
+from dualray.platform.metrics import CheckpointSaved, Decided, PhaseEntered, StepMetrics
+from dualray.platform.metrics_log import MetricsLog
 from dualray.platform.run_file import RunFile, to_mapping
 from dualray.platform.scheduling.choice import Start
 from dualray.platform.scheduling.table import decision_lines

@@ -10,7 +10,8 @@ from pathlib import Path
 from dualray.parallel.layout import Layout
 from dualray.parallel.spans import SpanTuple
 from dualray.platform.loads import LoadsLog, Place
-from dualray.platform.metrics import CheckpointSaved, MetricsLog, StepMetrics, Switch, Yardsticks
+from dualray.platform.metrics import CheckpointSaved, StepMetrics, Switch, Yardsticks
+from dualray.platform.metrics_log import MetricsLog
 from dualray.platform.timeline import step_trace
 from dualray.platform.trace import Category, Span, Trace, write_trace
 from dualray.schedule.actions import Kind, Overlap

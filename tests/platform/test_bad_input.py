@@ -13,10 +13,11 @@ from support.runs import dualray, make_corpus, write_run_file
 from dualray.actors.cluster import ClusterConfig, Connection, connect
 from dualray.checkpoint.writer import Piece, write_rank
 from dualray.data.dataset import TokenDataset
+from dualray.parallel.slots import contiguous_placement
 from dualray.platform import cli, launch
 from dualray.platform.events import EventLog
 from dualray.platform.folder import RunFolder
-from dualray.platform.metrics import MetricsLog
+from dualray.platform.metrics_log import MetricsLog
 from dualray.platform.run_file import load_run_file, to_mapping
 from dualray.platform.scheduling.choice import start_of
 from dualray.platform.training import Training
@@ -82,8 +83,10 @@ def trained(run_file: Path, *, step: int = 4) -> RunFolder:
     with MetricsLog.create(folder.metrics) as log:
         start = start_of(run.layout, run.phases()[0], None)
         Training(
-            run, OneTensor(), folder, EventLog(), log, dataset=dataset, first_step=step, start=start
-        ).save()
+            run, OneTensor(), folder, EventLog(), log,
+            dataset=dataset, first_step=step, start=start,
+            placement=contiguous_placement(run.model, run.layout.experts), nodes=None,
+        ).save()  # fmt: skip
     return folder
 
 
@@ -93,6 +96,32 @@ def trained(run_file: Path, *, step: int = 4) -> RunFolder:
         (
             "train.stepz=4",
             "train.stepz is not a field of the run file; did you mean train.steps?",
+        ),
+        (
+            "layout.experts=3",
+            "model.n_routed_experts 8 is not divisible by layout.experts 3; choose a number of "
+            "expert ranks that divides the experts, or give experts.slots.",
+        ),
+        (
+            "experts.redundant=3",
+            "model.n_routed_experts 8 and experts.redundant 3 are 11 slots, which layout.experts 2 "
+            "does not divide; set experts.redundant to 4, or give experts.slots.",
+        ),
+        (
+            "experts.slots=[3,4]",
+            "experts.slots is [3, 4] and must be 2 numbers of at least 1, one an expert rank, that "
+            "sum to model.n_routed_experts 8 or more; give every expert rank its slots, or leave "
+            "experts.slots out.",
+        ),
+        (
+            "experts.load_decay=1.0",
+            "experts.load_decay is 1.0 and must be at least 0 and below 1; set experts.load_decay "
+            "to 0.9.",
+        ),
+        (
+            "experts.dispatch=tree",
+            "experts.dispatch is tree and must be one of auto, flat, node_limited; set "
+            "experts.dispatch to auto.",
         ),
         (
             "layout.pipeline=3",
@@ -108,11 +137,6 @@ def trained(run_file: Path, *, step: int = 4) -> RunFolder:
             "train.micro_batches=2",
             "train.micro_batches is 2 and dualpipe needs at least 2 x layout.pipeline = 4; set "
             "train.micro_batches to 4, or layout.schedule to 1f1b.",
-        ),
-        (
-            "layout.experts=3",
-            "model.n_routed_experts 8 is not divisible by layout.experts 3; choose a number of "
-            "expert ranks that divides the experts.",
         ),
         (
             "model={preset: tiny, n_group: 3}",

@@ -22,7 +22,7 @@ from dualray.platform.console import Console
 from dualray.platform.events import EventLog, Note
 from dualray.platform.folder import RunFolder
 from dualray.platform.launch import plan_serving, plan_training, summary_of
-from dualray.platform.metrics import MetricsLog, read_metrics
+from dualray.platform.metrics_log import MetricsLog, read_metrics
 from dualray.platform.report.page import write_report
 from dualray.platform.run_file import RunFile, load_run_file, parse_run_file, to_mapping
 from dualray.platform.scheduling.choice import start_of

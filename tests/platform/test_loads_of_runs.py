@@ -21,7 +21,8 @@ from dualray.parallel.trainer import HeldOut, StepResult
 from dualray.platform.events import EventLog
 from dualray.platform.folder import RunFolder
 from dualray.platform.loads import loads_files
-from dualray.platform.metrics import MetricsLog, StepMetrics, read_metrics
+from dualray.platform.metrics import StepMetrics
+from dualray.platform.metrics_log import MetricsLog, read_metrics
 from dualray.platform.report import write_report
 from dualray.platform.run_file import RunFile, load_run_file, to_mapping
 from dualray.platform.scheduling.choice import start_of

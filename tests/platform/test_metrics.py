@@ -11,15 +11,8 @@ from dataclasses import replace
 import pytest
 
 from dualray.errors import RunError
-from dualray.platform.metrics import (
-    CheckpointSaved,
-    MetricsLog,
-    RunMetrics,
-    StepMetrics,
-    Switch,
-    Yardsticks,
-    read_metrics,
-)
+from dualray.platform.metrics import CheckpointSaved, RunMetrics, StepMetrics, Switch, Yardsticks
+from dualray.platform.metrics_log import MetricsLog, read_metrics
 
 YARDSTICKS = Yardsticks(gzip=3.1, bzip2=2.4, unigram=2.9, bigram=2.3)
 SWITCH = Switch(seconds_to_first_token=0.5, workers_before=(11, 12), workers_after=(11, 12))
@@ -194,7 +187,8 @@ def test_keys_and_events_of_other_versions_are_passed_over(tmp_path):
 _WRITER = """
 import sys
 from pathlib import Path
-from dualray.platform.metrics import CheckpointSaved, MetricsLog
+from dualray.platform.metrics import CheckpointSaved
+from dualray.platform.metrics_log import MetricsLog
 log = MetricsLog.create(Path(sys.argv[1]))
 for number in range(1, 10**9):
     log.append(CheckpointSaved(step=number, seconds=1.0))

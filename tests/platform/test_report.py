@@ -24,7 +24,8 @@ from dualray.errors import RunError
 from dualray.parallel.layout import Layout
 from dualray.platform.commands.report import report
 from dualray.platform.loads import LoadsLog, Place
-from dualray.platform.metrics import MetricsLog, Switch, read_metrics
+from dualray.platform.metrics import Switch
+from dualray.platform.metrics_log import MetricsLog, read_metrics
 from dualray.platform.readable import count
 from dualray.platform.report import write_report
 from dualray.platform.report.experts import has_places, layers_shown, places_figure

@@ -17,7 +17,7 @@ from dualray.parallel.spans import COMPUTE, SpanTuple
 from dualray.parallel.trainer import HeldOut, StepResult
 from dualray.platform.events import EventLog
 from dualray.platform.folder import RunFolder
-from dualray.platform.metrics import MetricsLog, read_metrics
+from dualray.platform.metrics_log import MetricsLog, read_metrics
 from dualray.platform.run_file import load_run_file, to_mapping
 from dualray.platform.scheduling.choice import start_of
 from dualray.platform.trace import Category, Trace, read_trace

@@ -11,7 +11,8 @@ import yaml
 
 from dualray.errors import ConfigError, RunError
 from dualray.parallel.layout import Layout
-from dualray.platform.metrics import RunMetrics, read_metrics
+from dualray.platform.metrics import RunMetrics
+from dualray.platform.metrics_log import read_metrics
 from dualray.platform.report.loads import LoadHistory, read_history
 from dualray.platform.trace import Trace, read_trace
 
