@@ -19,6 +19,7 @@ from dualray.actors.stage_worker import WorkerInfo
 from dualray.checkpoint.store import find
 from dualray.checkpoint.writer import Piece, write_rank
 from dualray.errors import ResourceError, RunError
+from dualray.parallel.nodes import NodeMap
 from dualray.parallel.trainer import HeldOut, StepResult
 from dualray.platform import controller as module
 from dualray.platform.controller import Assignment, Controller
@@ -43,8 +44,11 @@ class FakeGang:
         self.before: dict[str, Callable[..., None]] = {}
         self.calls: list[str] = []
 
-    def start(self, *args: Any) -> FakeGang:
+    def create(self, *args: Any) -> FakeGang:
         return self
+
+    def start(self, nodes: NodeMap | None) -> None:
+        assert nodes is None
 
     def call(self, method: str, *args: Any) -> list[Any]:
         self.calls.append(method)
@@ -90,6 +94,7 @@ class FakeRay:
             return "127.0.0.1:5"
 
         methods = {"start": start, "serve": lambda *_: None, "stop": lambda: None}
+        methods |= {"migrations": lambda: []}
         handle = SimpleNamespace(
             **{name: SimpleNamespace(remote=method) for name, method in methods.items()}
         )

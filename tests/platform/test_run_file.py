@@ -184,7 +184,7 @@ def test_a_scheduler_with_nothing_to_decide() -> None:
 def test_unknown_key_with_nothing_near() -> None:
     assert refusal(mapping(zzz=1)) == (
         "zzz is not a field of the run file; the run file has name, model, data, train, extend, "
-        "layout, serve, scheduler, cluster, kubernetes, seed."
+        "layout, experts, serve, scheduler, cluster, kubernetes, seed."
     )
 
 
