@@ -111,9 +111,7 @@ QUICK = OverlapCase(
 class NoJourney(Exchange):
     """Rows arrive where they are: as many as are sent, and their values do not matter."""
 
-    def start_counts(
-        self, counts: Tensor, receive: list[int], send: list[int], group: Any
-    ) -> Any:
+    def start_counts(self, counts: Tensor, receive: list[int], send: list[int], group: Any) -> Any:
         return lambda: counts
 
     def swap(
