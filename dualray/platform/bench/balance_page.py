@@ -169,7 +169,7 @@ def curves_figure(rows: Sequence[Row]) -> str:
             right.plot(steps, smooth(apart.tolist(), max(1, len(steps) // 10)), color=color)
         left.set_title("MaxVio of a batch")
         left.set_ylim(bottom=0)
-        left.legend(loc="upper right", ncols=2)
+        left.legend(loc="center right")
         right.set_title("training loss minus that with the auxiliary loss")
         _frame(right, steps)
         for axes in (left, right):
