@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualray.kernels.blocks import blocks
-
 
 def ragged_sum(
     rows_ND: Tensor, member_P: Tensor, sizes_M: Tensor, weight_P: Tensor | None = None
@@ -33,26 +31,9 @@ def ragged_sum(
     )
 
 
-def ragged_sum_backward(
-    dy_MD: Tensor, rows_PD: Tensor, bag_P: Tensor, weight_P: Tensor, *, only_weights: bool = False
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the members' rows, (P, D), and of their weights, from that of the bags' sums.
-
-    `bag_P` names the bag of each row; rows and weights are in the same order. `only_weights`
-    leaves the rows' out. Sums are made in the weights' dtype.
-    """
-    P = len(rows_PD)
-    d_rows_PD = torch.empty_like(rows_PD) if not only_weights else None
-    d_weight_P = weight_P.new_empty(P)
-    for rows in blocks(rows_PD):
-        if d_rows_PD is None:
-            d_rows = dy_MD.index_select(0, bag_P[rows])
-        else:
-            d_rows = torch.index_select(dy_MD, 0, bag_P[rows], out=d_rows_PD[rows])
-        d_weight_P[rows] = (d_rows.to(weight_P.dtype) * rows_PD[rows]).sum(-1)
-        if d_rows_PD is not None:
-            d_rows.mul_(weight_P[rows, None].to(d_rows.dtype))
-    return d_rows_PD, d_weight_P
+def weighted_rows(rows_ND: Tensor, row_P: Tensor, weight_P: Tensor) -> Tensor:
+    """(P, D): the rows that `row_P` names times weights; bags of one, and rounded like those."""
+    return ragged_sum(rows_ND, row_P, torch.ones_like(row_P), weight_P)
 
 
 def ragged_sum_reference(

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dualray.kernels.combine import gate_grads
 from dualray.kernels.grouped_gemm import row_multiple
 from dualray.kernels.permute import permute
-from dualray.kernels.ragged_sum import ragged_sum, ragged_sum_backward
+from dualray.kernels.ragged_sum import ragged_sum, weighted_rows
 from dualray.model.context import Dispatched, Routing
 from dualray.parallel.arrival import into_slots
 from dualray.parallel.dispatch import note_rows
@@ -35,7 +36,7 @@ from dualray.parallel.groups import Group, Ways
 from dualray.parallel.node_route import RelayRows, Route, SourceRows
 from dualray.parallel.node_table import NodeTable
 from dualray.parallel.nodes import NodeMap
-from dualray.parallel.payload import Fp8Rows, PlainRows, Records, RowCode
+from dualray.parallel.payload import Fp8Rows, PlainRows, Records, RowCode, choice_dtype
 from dualray.parallel.slots import ExpertPlacement
 
 
@@ -92,10 +93,12 @@ class NodeLimitedDispatch:
         route, gates_MK = dispatched.state
         return _Combine.apply(y_ND, gates_MK, route, self)
 
-    def fill(self, route: Route, heard: Tensor, rows_n: list[int], x_TD: Tensor) -> Tensor:
+    def fill(
+        self, route: Route, rows_n: list[int], rows_R: Tensor, heard: Tensor, x_TD: Tensor
+    ) -> Tensor:
         """Splits, and where arriving rows belong; returns int64 rows per slot, padding included."""
         table = route.table
-        route.splits, rows_Rs = table.splits(rows_n, heard)
+        route.splits, rows_Rs = table.splits(rows_n, rows_R, heard)
         note_rows(self._rows, route.layer, rows_Rs.sum(0))
         num_rows = sum(route.splits.receive_within)
         multiple = row_multiple(x_TD, num_rows // table.num_slots)
@@ -137,32 +140,31 @@ class _Dispatch(torch.autograd.Function):
         table, group = route.table, sender.ways.rows
         name, D, K = f"dispatch {route.layer}", x_TD.shape[1], gates_TK.shape[1]
         source = route.source = SourceRows(table, route.slot_TK)
-        counted = sender.exchange.start_counts(
-            table.counts(source.rows_n, route.slot_TK), table.hears, table.told, group
-        )
+        told, rows_R = table.counts(source.rows_n, route.slot_TK)
+        counted = sender.exchange.start_counts(told, table.hears, table.told, group)
         # The rows are packed while the counts travel.
         rows_n = source.rows_n.tolist()
         coded_TW = sender.code.encode(x_TD)
         if table.num_nodes == 1:
-            rows_s = sender.fill(route, counted(), rows_n, x_TD)
+            rows_s = sender.fill(route, rows_n, rows_R, counted(), x_TD)
             row_MW, gates_MK, slots_MK = coded_TW, gates_TK.clone(), route.slot_TK
         else:
             source.order(route.slot_TK, sum(rows_n))
-            slot_dtype = torch.int16 if len(table.node_S) < 2**15 else torch.int32
-            row = sender.code.column(D, x_TD.dtype)
-            layout = Records(row, (gates_TK.dtype, K), (slot_dtype, K))
+            row, slots = sender.code.column(D, x_TD.dtype), choice_dtype(len(table.node_S))
+            layout = Records(row, (gates_TK.dtype, K), (slots, K))
             records = layout.empty(sum(rows_n), x_TD.device)
             row_AW, gates_AK, slots_AK = layout.columns(records)
             torch.index_select(coded_TW, 0, source.token_A, out=row_AW)
             gates_AK.copy_(gates_TK[source.token_A])
             slots_AK.copy_(source.slots_AK)
-            rows_s = sender.fill(route, counted(), rows_n, x_TD)
+            rows_s = sender.fill(route, rows_n, rows_R, counted(), x_TD)
             records = sender.across(records, route, name, back=False, group=group)
             row_MW, gates_MK, slots_MK = layout.columns(records)
         relay = route.relay = RelayRows(slots_MK, len(table.node_S), sum(route.splits.send_within))
         coded_PW = row_MW.index_select(0, relay.row_P)
         coded_NW = sender.within(coded_PW, route, name, back=False, group=group)
-        rows_ND = permute(sender.code.decode(coded_NW, D, x_TD.dtype), route.order, route.inverse_N)
+        sorted_NW = permute(coded_NW, route.order, route.inverse_N)
+        rows_ND = sender.code.decode(sorted_NW, D, x_TD.dtype)
         ctx.mark_non_differentiable(rows_s)
         return rows_ND, gates_MK.contiguous(), rows_s
 
@@ -219,11 +221,10 @@ class _Combine(torch.autograd.Function):
         coded_MW = sender.across(coded_AW, route, name, back=False, group=group)
         dy_MD = sender.code.decode(coded_MW, D, dy_TD.dtype)
         gate_P = relay.by_slot(gates_MK)
-        d_y_PD, d_gate_P = ragged_sum_backward(
-            dy_MD, y_PD, relay.row_P, gate_P, only_weights=sender.weighs_late
-        )
+        d_gate_P = gate_grads(dy_MD, y_PD, relay.row_P[:, None]).flatten()
         d_gates_MK = relay.by_choice(d_gate_P, gates_MK)
-        if d_y_PD is not None:
+        if not sender.weighs_late:
+            d_y_PD = weighted_rows(dy_MD, relay.row_P, gate_P)
             d_y_ND = sender.within(d_y_PD, route, name, back=False, group=group)
             return permute(d_y_ND, route.order, route.inverse_N), d_gates_MK, None, None
         layout = Records(sender.code.column(D, dy_TD.dtype), (gate_P.dtype, 1))
@@ -233,5 +234,7 @@ class _Combine(torch.autograd.Function):
         gate_P1.copy_(gate_P[:, None])
         records = sender.within(records, route, name, back=False, group=group)
         row_NW, gate_N1 = layout.columns(records)
-        d_y_ND = sender.code.decode(row_NW, D, dy_TD.dtype).mul_(gate_N1.to(dy_TD.dtype))
-        return permute(d_y_ND, route.order, route.inverse_N), d_gates_MK, None, None
+        dy_ND = sender.code.decode(row_NW, D, dy_TD.dtype)
+        place_N = route.order.clamp(min=0)
+        weight_N = gate_N1.flatten()[place_N].masked_fill_(route.order < 0, 0)
+        return weighted_rows(dy_ND, place_N, weight_N), d_gates_MK, None, None

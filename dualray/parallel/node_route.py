@@ -66,8 +66,8 @@ class RelayRows:
 
     def by_choice(self, value_P: Tensor, like_MK: Tensor) -> Tensor:
         """Values of rows by slot back to their choices, 0 where a choice is on another node."""
-        value_MK = torch.zeros_like(like_MK, dtype=value_P.dtype)
-        value_MK.view(-1)[self.choice_P[self._order_P]] = value_P
+        value_MK = torch.zeros_like(like_MK)
+        value_MK.view(-1)[self.choice_P[self._order_P]] = value_P.to(like_MK.dtype)
         return value_MK
 
 

@@ -4,7 +4,8 @@ R ranks, n nodes, L ranks of this node, S slots of all ranks, s of this one. A s
 token's row once to each node that it has chosen experts on, to a relay, and the relay to the ranks
 of its node. Before that every rank tells every other [rows for it as a relay; rows for each rank of
 its node by way of it; rows for each of its slots]: then each knows how many rows it will send and
-receive on both legs, although it is not told what others tell its neighbours.
+receive on both legs, although it is not told what others tell its neighbours. With one node nobody
+relays for others, and only slots are told.
 """
 
 from __future__ import annotations
@@ -75,10 +76,11 @@ class NodeTable:
         self.told: list[int] = []
         """How many numbers each rank is told."""
         for other, node in enumerate(nodes.node_of):
-            is_relay = self._relays[node] == other
-            neighbours = nodes.ranks_on(node)
-            message = [1 + node if is_relay else 0]
-            message += [first_rank + its if is_relay else 0 for its in neighbours]
+            message: list[int] = []
+            if self.num_nodes > 1:
+                is_relay = self._relays[node] == other
+                message = [1 + node if is_relay else 0]
+                message += [first_rank + its if is_relay else 0 for its in nodes.ranks_on(node)]
             message += range(first_slot, first_slot + self.slots.slots[other])
             first_slot += self.slots.slots[other]
             told += message
@@ -88,23 +90,28 @@ class NodeTable:
     @property
     def hears(self) -> list[int]:
         """How many numbers this rank is told by each."""
-        return [1 + len(self._here) + self.num_slots] * self._num_ranks
+        relayed = 1 + len(self._here) if self.num_nodes > 1 else 0
+        return [relayed + self.num_slots] * self._num_ranks
 
-    def counts(self, rows_n: Tensor, slot_TK: Tensor) -> Tensor:
-        """What to tell all ranks; int64. `rows_n` are those for each node."""
+    def counts(self, rows_n: Tensor, slot_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """What to tell all ranks, and the rows for each rank (R,); int64. `rows_n` are those for
+        each node."""
         rows_S = rows_n.new_zeros(len(self.node_S))
         key_N = slot_TK.flatten()
         rows_S.scatter_add_(0, key_N, torch.ones_like(key_N))
         rows_R = rows_n.new_zeros(self._num_ranks).scatter_add_(0, self.slots.rank_S, rows_S)
-        return torch.cat([rows_n.new_zeros(1), rows_n, rows_R, rows_S])[self._told]
+        return torch.cat([rows_n.new_zeros(1), rows_n, rows_R, rows_S])[self._told], rows_R
 
-    def splits(self, rows_n: list[int], heard: Tensor) -> tuple[Splits, Tensor]:
-        """All splits, from the rows for each node and what was heard; and the rows (R, s) int64
-        of each source for each slot of this rank. Waits for a GPU."""
-        across_R, within_RL, rows_Rs = heard.view(self._num_ranks, -1).split(
-            [1, len(self._here), self.num_slots], dim=1
-        )
-        numbers = torch.cat([across_R.flatten(), within_RL.sum(0), rows_Rs.sum(1)]).tolist()
+    def splits(self, rows_n: list[int], rows_R: Tensor, heard: Tensor) -> tuple[Splits, Tensor]:
+        """All splits, from the rows for each node and rank and what was heard; and the rows (R, s)
+        int64 of each source for each slot of this rank. Waits for a GPU."""
+        heard_R = heard.view(self._num_ranks, -1)
+        rows_Rs = heard_R[:, heard_R.shape[1] - self.num_slots :]
+        if self.num_nodes > 1:
+            across_R, within_L = heard_R[:, 0], heard_R[:, 1 : 1 + len(self._here)].sum(0)
+        else:
+            across_R, within_L = torch.zeros_like(rows_R), rows_R
+        numbers = torch.cat([across_R, within_L, rows_Rs.sum(1)]).tolist()
         receive_across = numbers[: self._num_ranks]
         sent = numbers[self._num_ranks : -self._num_ranks]
         send_across, send_within, receive_within = ([0] * self._num_ranks for _ in range(3))

@@ -24,9 +24,10 @@ LAYOUTS = [
     (Layout(pipeline=1, experts=4, schedule="dualpipev"), NodeMap(node_of=(0, 1, 1, 0))),
 ]
 MODES = [
-    {"with_nodes": False, "overlapped": True},
-    {"with_nodes": True, "overlapped": True},
+    {"with_nodes": False},
+    {"with_nodes": True},
     {"with_nodes": True, "overlapped": False},
+    {"with_nodes": True, "fp8": True},
 ]
 
 
@@ -45,8 +46,9 @@ def _walk(rank: int, config: ModelConfig, ports: list[int]):
                 layout,
                 ports[len(found)],
                 global_micro_batches=MICRO_BATCHES,
-                overlapped=mode["overlapped"],
+                overlapped=mode.get("overlapped", True),
                 nodes=nodes if mode["with_nodes"] else None,
+                fp8=mode.get("fp8", False),
             )
             sums = worker.walk(packed, Objective(main=1e-2, mtp=(3e-3, 3e-3), balance=1e-3))
             worker.executor.close()
@@ -67,7 +69,7 @@ def test_walks_over_nodes_equal_flat_ones() -> None:
     ports = [free_port() for _ in range(len(LAYOUTS) * len(MODES))]
     for found in run_ranks(_walk, WORLD, config, ports):
         for at in range(0, len(found), len(MODES)):
-            flat, overlapped, sequential = found[at : at + len(MODES)]
+            flat, overlapped, sequential, fp8 = found[at : at + len(MODES)]
             assert flat[2] == 0 < overlapped[2] == sequential[2]
             # Other sums of the same float64 terms.
             assert overlapped[0] == pytest.approx(flat[0], rel=1e-9)
@@ -77,6 +79,10 @@ def test_walks_over_nodes_equal_flat_ones() -> None:
             # Turns change no bit.
             assert overlapped[0] == sequential[0]
             assert _bits(overlapped[1]) == _bits(sequential[1])
+            # The paper's bound for training in FP8; here only tokens and gradients are.
+            assert fp8[2] == overlapped[2]
+            assert fp8[0] != flat[0]
+            assert fp8[0] == pytest.approx(flat[0], rel=2.5e-3)
 
 
 def _bits(grads) -> dict[str, str]:

@@ -19,10 +19,9 @@ from dualray.model.config import ModelConfig
 from dualray.model.context import Routing
 from dualray.model.router import choose_experts
 from dualray.parallel.cross_node import CrossNodeBytes, RowBytes, cross_node_bytes, row_bytes
-from dualray.parallel.dispatch import AllToAllDispatch
 from dualray.parallel.exchange import Exchange
 from dualray.parallel.groups import Ways
-from dualray.parallel.node_dispatch import NodeLimitedDispatch
+from dualray.parallel.make_dispatch import make_dispatch
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.slots import ExpertPlacement, contiguous_placement
 from dualray.platform.bench.hosts import can_emulate_hosts, emulated_hosts
@@ -47,7 +46,9 @@ class Kind:
 
 FLAT = Kind(False, False, torch.bfloat16)
 NODES = Kind(True, False, torch.bfloat16)
-KINDS = [FLAT, NODES, Kind(True, False, torch.float32), Kind(True, True, torch.bfloat16)]
+FLAT_FP8 = Kind(False, True, torch.bfloat16)
+NODES_FP8 = Kind(True, True, torch.bfloat16)
+KINDS = [FLAT, NODES, Kind(True, False, torch.float32), FLAT_FP8, NODES_FP8]
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,14 @@ def measure(member: Member, network: Network) -> list[list[dict[str, Any]]]:
     found = []
     for kind in KINDS:
         exchange = Exchange()
-        common = (network.placement(), ways, CPU, exchange)
-        if kind.node_limited:
-            dispatch = NodeLimitedDispatch(*common, nodes=network.nodes, fp8=kind.fp8)
-        else:
-            dispatch = AllToAllDispatch(*common)
+        dispatch = make_dispatch(
+            network.placement(),
+            ways,
+            CPU,
+            exchange,
+            nodes=network.nodes if kind.node_limited else None,
+            fp8=kind.fp8,
+        )
         routing = network.routing(member.rank)
         generator = torch.Generator().manual_seed(member.rank)
         x = torch.randn(len(routing.experts_TK), WIDTH, generator=generator).to(kind.dtype)
@@ -236,7 +240,7 @@ def test_what_crosses_the_wire_is_the_formula(num_hosts: int) -> None:
                 # Headers of frames and acknowledgements come on top, and two barriers.
                 total = sum(predicted.values())
                 assert total < ranks[0]["interface"] < 1.05 * total + 20_000, (kind, phase)
-    assert totals[NODES] < totals[FLAT]
+    assert totals[NODES_FP8] < totals[NODES] < totals[FLAT_FP8] < totals[FLAT]
 
 
 @pytest.mark.parametrize("num_hosts", [2, 4])

@@ -73,6 +73,7 @@ def make_walker(
     overlapped: bool = True,
     recompute: bool = False,
     nodes: NodeMap | None = None,
+    fp8: bool = False,
 ) -> Walker:
     per_worker = global_micro_batches // (layout.replicas * layout.experts)
     schedule = make_schedule(layout.schedule, layout.pipeline, per_worker)
@@ -92,7 +93,7 @@ def make_walker(
         attach_main_grads([held.embedding_copy.weight])
     exchange = Exchange()
     dispatches = [
-        make_dispatch(placement, ways, CPU, exchange, nodes=nodes)
+        make_dispatch(placement, ways, CPU, exchange, nodes=nodes, fp8=fp8)
         if layout.experts > 1
         else LocalDispatch(config.n_routed_experts)
         for ways in groups.dispatch
