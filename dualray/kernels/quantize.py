@@ -3,8 +3,8 @@
 A tile's scale is what its values are multiplied with to get the numbers back: max(amax, 1e-4) / 448
 in fp32, where 448 is the largest E4M3. Rounded up to a power of two it is a single byte (UE8M0, the
 exponent of an fp32), nothing is rounded by it, and other tiles may be laid over the same numbers
-with no second error but underflow. A tile that holds a value which is not finite comes back as NaN in part or
-whole. N rows, D width, B = ceil(D / 128) tiles of a row, of which the last may be partial.
+with no second error but underflow. What is not finite comes back as that, and may take others of
+its tile along. N rows, D width, B = ceil(D / 128) tiles of a row, of which the last may be partial.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dualray.kernels.ragged_sum import ragged_sum, ragged_sum_reference
+from dualray.kernels.ragged_sum import ragged_sum, ragged_sum_reference, weighted_rows
 
 # Sums of up to 5 products are off by some units of fp32. Both round to bf16 once, at the end, and
 # what is in the middle between two numbers the kernel does not round to even: one unit, 2^-7.
@@ -50,3 +50,13 @@ def test_a_bag_does_not_depend_on_its_neighbours() -> None:
         torch.cat([torch.rand(2), weight, torch.rand(1)]),
     )
     assert torch.equal(among[1], alone[0])
+
+
+def test_weighted_rows_are_bags_of_one() -> None:
+    rows, weight = torch.randn(5, 130).to(torch.bfloat16), torch.rand(4)
+    names = torch.tensor([4, 0, 0, 2])
+    own = weighted_rows(rows, names, weight)
+    twin = rows[names].float() * weight.to(torch.bfloat16).float()[:, None]
+    torch.testing.assert_close(own.float(), twin, rtol=2**-8, atol=0)  # rounded once
+    nothing = weighted_rows(rows[:0], names[:0], weight[:0])
+    assert nothing.shape == (0, 130)
