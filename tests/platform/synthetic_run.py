@@ -10,7 +10,7 @@ from pathlib import Path
 from dualray.parallel.layout import Layout
 from dualray.parallel.spans import SpanTuple
 from dualray.platform.loads import LoadsLog, Place
-from dualray.platform.metrics import CheckpointSaved, StepMetrics, Switch, Yardsticks
+from dualray.platform.metrics import CheckpointSaved, ExpertsMoved, StepMetrics, Switch, Yardsticks
 from dualray.platform.metrics_log import MetricsLog
 from dualray.platform.timeline import step_trace
 from dualray.platform.trace import Category, Span, Trace, write_trace
@@ -33,6 +33,18 @@ TOKENS_PER_BYTE = 0.3
 
 Loads = dict[int, list[int]]
 LAYERS, NUM_EXPERTS = (1, 2, 3), 16
+
+
+MOVED_AT = 220
+MOVED = ExpertsMoved(
+    step=MOVED_AT,
+    layers=LAYERS,
+    imbalance_before=1.93,
+    imbalance_after=1.07,
+    num_bytes=41_300_000,
+    seconds=0.62,
+    reason=f"{len(LAYERS)} of {len(LAYERS)} layers move for 0.6 s and save 9.1 s in 110 steps",
+)
 
 
 def make_loads(
@@ -102,6 +114,11 @@ def make_steps(
                 max_vio_per_layer=vio,
                 max_vio_run=max(vio_run.values(), default=None),
                 max_vio_run_per_layer=vio_run,
+                rank_imbalance=(1.9 if step <= MOVED_AT else 1.06) + noise.gauss(0, 0.02)
+                if layers
+                else None,
+                expert_s=(0.19 if step <= MOVED_AT else 0.11) + noise.gauss(0, 0.003),
+                expert_s_mean=0.1,
                 heldout_loss=heldout if evaluated else None,
                 heldout_bits_per_byte=heldout * TOKENS_PER_BYTE / math.log(2)
                 if evaluated
@@ -160,6 +177,8 @@ def make_run(folder: Path, *, num_steps: int = 600) -> Path:
         log.append(YARDSTICKS)
         for metrics in make_steps(num_steps):
             log.append(metrics)
+            if metrics.step == MOVED_AT:
+                log.append(MOVED)
             if metrics.step % 200 == 0:
                 log.append(CheckpointSaved(step=metrics.step, seconds=0.75 + metrics.step / 1000))
         pids = (4101, 4102, 4103, 4104)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import typer
 from synthetic_run import (
+    LAYERS,
+    MOVED,
     RUN_YAML,
     make_loads,
     make_run,
@@ -118,8 +120,8 @@ def test_page_has_a_section_for_every_part(page):
         "From trainer to server",
         "Configuration",
     ]
-    assert page.tags.count("svg") == 8
-    assert page.tags.count("figure") == page.tags.count("figcaption") == 8
+    assert page.tags.count("svg") == 9
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 9
     assert all(caption.endswith(".") for caption in page.captions)
 
 
@@ -200,6 +202,13 @@ def test_text_states_run_layout_yardsticks_and_checkpoints(page):
     assert "In the median step 12.5 % of the same time went into waiting" in words
 
 
+def test_the_page_says_when_and_why_experts_moved(page, run_dir):
+    assert "Dotted lines mark where experts moved to other ranks." in " ".join(page.captions)
+    row = ["220", str(len(LAYERS)), "1.93", "1.07", "41.3", "0.62", MOVED.reason]
+    cells = "".join(f"<td>{cell}</td>" for cell in row)
+    assert cells in (run_dir / "report.html").read_text()
+
+
 def test_replaced_workers_are_not_called_the_same(tmp_path):
     switch = Switch(seconds_to_first_token=1.0, workers_before=(1, 2), workers_after=(1,))
     words = page_of(bare_run(tmp_path / "a", [switch])).words
@@ -217,7 +226,7 @@ def test_run_without_steps(tmp_path):
 def test_run_of_one_step(tmp_path):
     page = page_of(bare_run(tmp_path / "a", make_steps(1)))
     assert page.headings == ["Learning", "Optimizer", "Experts", "Speed and checkpoints"]
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 6
 
 
 def test_dense_run_of_one_worker(tmp_path):
@@ -243,7 +252,7 @@ def test_run_that_diverged(tmp_path):
     evaluated = dataclasses.replace(steps[-1], heldout_bits_per_byte=math.nan)
     page = page_of(bare_run(tmp_path / "a", [*steps[:-1], evaluated]))
     assert page.tiles["Training loss"] == page.tiles["Held-out"] == "nan"
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5
 
 
 def test_trace_alone(tmp_path):
@@ -365,7 +374,7 @@ def test_a_run_of_before_loads_were_tables(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = page_of(folder)
     assert "Experts" in page.headings
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 6
     assert any(caption.endswith("got twice its share.") for caption in page.captions)
 
 

@@ -12,6 +12,7 @@ from dualray.platform.metrics import RunMetrics
 from dualray.platform.readable import number
 from dualray.platform.report import curves, experts, html, timeline
 from dualray.platform.report.header import facts, tiles
+from dualray.platform.report.migrations import evenness
 from dualray.platform.report.record import RunRecord, read_run
 
 
@@ -106,6 +107,7 @@ def _experts(run: RunRecord) -> str:
                 "places that hold the layer and averaged over the layers: what is orange keeps "
                 "the others waiting.",
             )
+    body += evenness(steps, run.metrics.migrations)
     if any(step.max_vio is not None for step in steps):
         caption = (
             "MaxVio is how far the busiest expert of a layer lies above the mean: 0 is perfect "
