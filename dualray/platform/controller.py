@@ -10,7 +10,6 @@ import threading
 import time
 import traceback
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,13 @@ from dualray.inference.scheduler import Limits, owners
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import phase_at
 from dualray.parallel.rebalancing import Rebalancing
+from dualray.platform.assignment import Assignment
 from dualray.platform.client import Client
 from dualray.platform.events import Event, EventLog, Note, StateChange
 from dualray.platform.expert_moves import rebalancing_of, refuse_too_many_copies
-from dualray.platform.folder import RunFolder
 from dualray.platform.metrics import Switch, Yardsticks
 from dualray.platform.metrics_log import MetricsLog
-from dualray.platform.run_file import RunFile, to_mapping
+from dualray.platform.run_file import to_mapping
 from dualray.platform.scheduling.choice import phase_with, start_of
 from dualray.platform.states import RunState, check_transition
 from dualray.platform.training import Training
@@ -51,26 +50,6 @@ ON_HEAD_NODE = {"node:__internal_head__": 0.001}
 
 _FIRST_REQUEST_LIMIT_S = 120.0
 _LOOK_AFTER_WORKERS_S = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """What a controller is asked to do."""
-
-    run: RunFile
-    folder: RunFolder
-    trains: bool
-    """False to serve a checkpoint only."""
-    restore_from: Path | None = None
-    """Checkpoint to start from."""
-    first_step: int = 0
-    """Optimizer steps already done: those of a resumed checkpoint, or of a served one."""
-    resumes: bool = False
-    """Take optimizer state and step from `restore_from`; otherwise its weights only."""
-    remembered: dict[str, Any] | None = None
-    """What the resumed checkpoint says of the scheduler's decision."""
-    placement: dict[str, Any] | None = None
-    """What the checkpoint says of where experts lived."""
 
 
 class Controller:

@@ -21,8 +21,9 @@ from dualray.errors import CheckpointError, ConfigError, DataError, RunError
 from dualray.model.config import ModelConfig
 from dualray.model.count import count_parameters
 from dualray.parallel.phases import Phase, phase_behind
+from dualray.platform.assignment import Assignment
 from dualray.platform.console import Console, RunSummary
-from dualray.platform.controller import ON_HEAD_NODE, Assignment, Controller
+from dualray.platform.controller import ON_HEAD_NODE, Controller
 from dualray.platform.folder import RunFolder
 from dualray.platform.following import Following, interrupts, named_actor
 from dualray.platform.live import LOST, look

@@ -22,7 +22,8 @@ from dualray.errors import ResourceError, RunError
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.trainer import HeldOut, StepResult
 from dualray.platform import controller as module
-from dualray.platform.controller import Assignment, Controller
+from dualray.platform.assignment import Assignment
+from dualray.platform.controller import Controller
 from dualray.platform.events import Event, StateChange
 from dualray.platform.folder import RunFolder
 from dualray.platform.run_file import load_run_file
