@@ -37,9 +37,14 @@ def swiglu_into(gate_up: Tensor, out: Tensor) -> None:
 
 def swiglu_grad_(gate_up: Tensor, dy: Tensor, out: Tensor) -> None:
     """The gradient of `gate_up`, written over it, and its `swiglu` once more, written to `out`."""
+    spare = None
     for rows in blocks(gate_up):
         gate, up = gate_up[rows].chunk(2, dim=-1)
-        d_silu, silu = dy[rows] * up, F.silu(gate)
+        if spare is None:
+            spare = dy.new_empty(2, *gate.shape)
+        d_silu, silu = spare[:, : len(gate)]
+        torch.mul(dy[rows], up, out=d_silu)
+        torch.ops.aten.silu.out(gate, out=silu)
         torch.mul(silu, up, out=out[rows])
         torch.mul(silu, dy[rows], out=up)
         torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=gate)

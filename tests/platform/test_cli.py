@@ -28,6 +28,7 @@ SURFACE: dict[str, list[str]] = {
     ],
     "bench balance": ["--data", "--json", "--out", "--quick", "--record"],
     "bench attention": ["--data", "--json", "--out", "--quick", "--record"],
+    "bench experts": ["--json", "--quick", "--record"],
     "bench model": [
         "--compiled", "--dtype", "--json", "--no-compiled", "--pairs", "--quick", "--record",
         "--threads",

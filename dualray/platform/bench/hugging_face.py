@@ -22,13 +22,13 @@ from dualray.model.stage import Stage
 from dualray.parallel.optimizer import OptimizerConfig
 
 
-def import_transformers() -> Any:
+def import_transformers(command: str = "bench model") -> Any:
     """The transformers package; raises ConfigError where it is not installed."""
     try:
         import transformers
     except ImportError:
         raise ConfigError(
-            "bench model compares with the package transformers, which is not installed",
+            f"{command} compares with the package transformers, which is not installed",
             hint="install it with: pip install 'transformers>=5.20,<6'",
         ) from None
     return transformers

@@ -7,12 +7,14 @@ import typer
 from dualray.platform.commands.bench_attention import attention
 from dualray.platform.commands.bench_balance import balance
 from dualray.platform.commands.bench_context import context
+from dualray.platform.commands.bench_experts import experts
 from dualray.platform.commands.bench_model import model
 from dualray.platform.commands.bench_overlap import overlap
 from dualray.platform.commands.bench_schedule import schedule
 
 app = typer.Typer(help="Side-by-side benchmarks.", no_args_is_help=True)
 app.command("model")(model)
+app.command("experts")(experts)
 app.command("attention")(attention)
 app.command("balance")(balance)
 app.command("context")(context)
