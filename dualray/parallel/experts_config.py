@@ -125,7 +125,14 @@ class ExpertsConfig:
                 "is sent for every choice and placement does not look at nodes"
             )
         (nodes,) = maps
-        return (nodes, "") if nodes.num_nodes > 1 else (None, "")
+        if nodes.num_nodes > 1:
+            return nodes, ""
+        if self.dispatch == "node_limited":
+            return None, (
+                "experts.dispatch is node_limited and the expert ranks of a stage are on one node, "
+                "so a row is sent for every choice"
+            )
+        return None, ""
 
     def _refuse_single_rank(self, ranks: int) -> None:
         if ranks > 1:

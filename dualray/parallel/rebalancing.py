@@ -42,10 +42,12 @@ class Rebalancing:
         nodes: NodeMap | None,
         dtype: torch.dtype,
         trains: bool,
+        has_state: bool,
     ) -> None:
-        """`nodes` is where expert ranks are, if that matters; `dtype` the weights'."""
+        """`nodes` is where expert ranks are, if that matters; `dtype` the weights'. `has_state` says
+        that workers hold masters and moments, as they do behind their training too."""
         self.placement = placement
-        self._layout, self._trains = layout, trains
+        self._layout, self._trains, self._has_state = layout, trains, has_state
         self.every = config.rebalance_every if trains else config.serve_rebalance_every
         """Steps between looks."""
         self._sharers = layout.replicas * len(holders(layout, schedule, 0))
@@ -59,7 +61,7 @@ class Rebalancing:
         )
         self._numel = 3 * model.hidden_size * model.moe_intermediate_size
         self._dtype = dtype
-        self._bytes_per_s, self._overhead_s = config.link_bytes_per_s, 0.0
+        self._bytes_per_s = config.link_bytes_per_s
 
     def saw(self, works: Sequence[ExpertWork], *, steps: int = 1) -> Proposal | None:
         """So many steps are done; `works` is what each worker did in them, by world rank.
@@ -97,9 +99,8 @@ class Rebalancing:
         masters = 4 if itemsize < 4 else 0
         return MoveCost(
             weight_bytes=self._numel * itemsize,
-            state_bytes=self._numel * (moments + masters) if self._trains else 0,
+            state_bytes=self._numel * (moments + masters) if self._has_state else 0,
             bytes_per_s=self._bytes_per_s,
-            overhead_s=self._overhead_s,
         )
 
 

@@ -30,6 +30,7 @@ from dualray.data.yardsticks import yardsticks
 from dualray.errors import DualrayError
 from dualray.inference.plan import Owner
 from dualray.inference.scheduler import Limits, owners
+from dualray.parallel.layout import Layout
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import phase_at
 from dualray.parallel.rebalancing import Rebalancing
@@ -43,6 +44,7 @@ from dualray.platform.run_file import to_mapping
 from dualray.platform.scheduling.choice import phase_with, start_of
 from dualray.platform.states import RunState, check_transition
 from dualray.platform.training import Training
+from dualray.schedule.actions import Schedule
 from dualray.schedule.make import make_schedule
 
 ON_HEAD_NODE = {"node:__internal_head__": 0.001}
@@ -192,27 +194,33 @@ class Controller:
             host = ray.util.get_node_ip_address()
         self._target = f"{host}:{port}"
 
+    def _present(self) -> tuple[Layout, Schedule]:
+        """How the workers are arranged by now."""
+        layout, choice = self._start.layout, self._start.choice
+        if self._training is not None:
+            arrangement = self._training.arrangement
+            layout, choice = arrangement.layout, arrangement.choice
+        schedule = make_schedule(layout.schedule, layout.pipeline, choice.micro_batches)
+        return layout, schedule
+
     def _owners(self) -> tuple[Owner, ...]:
         """Who holds requests: as many directions as micro-batches enter in at present."""
-        layout = self._start.layout
-        micro_batches = self._start.choice.micro_batches
-        if self._training is not None:
-            layout = self._training.arrangement.layout
-            micro_batches = self._training.arrangement.choice.micro_batches
-        schedule = make_schedule(layout.schedule, layout.pipeline, micro_batches)
+        layout, schedule = self._present()
         return owners(layout.replicas, layout.experts, len(schedule.entries))
 
     def _rebalancing(self) -> Rebalancing | None:
         """What lets experts move while they serve, from where they are now."""
-        run, layout, choice = self._a.run, self._start.layout, self._start.choice
-        if not run.experts.serve_rebalance_every:
+        if not self._a.run.experts.serve_rebalance_every:
             return None
-        placement = self._placement
-        if self._training is not None:
-            arrangement, placement = self._training.arrangement, self._training.experts.placement
-            layout, choice = arrangement.layout, arrangement.choice
-        schedule = make_schedule(layout.schedule, layout.pipeline, choice.micro_batches)
-        return rebalancing_of(run, layout, schedule, placement, self._nodes, trains=False)
+        trained = self._training
+        return rebalancing_of(
+            self._a.run,
+            *self._present(),
+            self._placement if trained is None else trained.experts.placement,
+            self._nodes,
+            trains=False,
+            has_state=trained is not None,
+        )
 
     def _limits(self) -> Limits:
         """What serves is the model of the last phase."""
@@ -247,7 +255,7 @@ class Controller:
         self._enter(RunState.SWITCHING)
         started = time.time()
         gang.call("start_serving", self._limits(), self._a.run.serve.compile_batch)
-        digest = combined_digest(gang.call("digest"))
+        digest = xxhash.xxh3_128("".join(gang.call("digest")).encode()).hexdigest()
         step = self._a.first_step if self._training is None else self._training.steps_done
         ray.get(self._engine.serve.remote(step, digest, self._owners(), self._rebalancing()))
         assert self._target is not None
@@ -343,8 +351,3 @@ def _first_token_at(target: str, run_name: str) -> float:
         for _ in client.generate("\n", sampling, model=run_name, timeout_s=_FIRST_REQUEST_LIMIT_S):
             pass
     return time.time()
-
-
-def combined_digest(digests: list[str]) -> str:
-    """One digest of the workers' own."""
-    return xxhash.xxh3_128("".join(digests).encode()).hexdigest()

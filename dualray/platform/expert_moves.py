@@ -66,7 +66,13 @@ class ExpertMoves:
         if self._rebalancing is None or layout != self._layout:
             self._layout = layout
             self._rebalancing = rebalancing_of(
-                self._run, layout, schedule, self.placement, self._nodes, trains=True
+                self._run,
+                layout,
+                schedule,
+                self.placement,
+                self._nodes,
+                trains=True,
+                has_state=True,
             )
         proposal = self._rebalancing.saw(works_of(results))
         if proposal is not None:
@@ -118,6 +124,7 @@ def rebalancing_of(
     nodes: NodeMap | None,
     *,
     trains: bool,
+    has_state: bool,
 ) -> Rebalancing:
     return Rebalancing(
         run.experts,
@@ -128,6 +135,7 @@ def rebalancing_of(
         nodes=nodes,
         dtype=getattr(torch, run.train.dtype),
         trains=trains,
+        has_state=has_state,
     )
 
 

@@ -42,6 +42,7 @@ def _rebalancing(**changes) -> Rebalancing:
         nodes=None,
         dtype=torch.float64,
         trains=True,
+        has_state=True,
     )
 
 
@@ -141,6 +142,9 @@ def test_nodes_come_from_the_workers_hosts_or_from_the_run_file() -> None:
     assert nodes is None
     assert "lie differently" in word
     assert replace(config, dispatch="flat").nodes_of(layout, list("aabbccdd")) == (None, "")
+    asked, word = replace(config, dispatch="node_limited").nodes_of(layout, ["a"] * 8)
+    assert asked is None
+    assert "on one node" in word
     by_hand = replace(config, ranks_per_node=1)
     assert by_hand.nodes_of(layout, ["a"] * 8)[0] == NodeMap(node_of=(0, 1, 2, 3))
 
