@@ -10,6 +10,7 @@ from dualray.platform.commands.bench_context import context
 from dualray.platform.commands.bench_experts import experts
 from dualray.platform.commands.bench_model import model
 from dualray.platform.commands.bench_overlap import overlap
+from dualray.platform.commands.bench_rebalance import rebalance
 from dualray.platform.commands.bench_schedule import schedule
 
 app = typer.Typer(help="Side-by-side benchmarks.", no_args_is_help=True)
@@ -17,6 +18,7 @@ app.command("model")(model)
 app.command("experts")(experts)
 app.command("attention")(attention)
 app.command("balance")(balance)
+app.command("rebalance")(rebalance)
 app.command("context")(context)
 app.command("schedule")(schedule)
 app.command("overlap")(overlap)
