@@ -44,9 +44,7 @@ class Exchange:
         """Where journeys are noted; None where nobody asks."""
         self.waited_s = 0.0
         """Seconds in which a message was waited for and nothing was computed."""
-        self.sent_bytes: Counter[int] = Counter()
-        """Bytes that went to each other rank of the groups, counts of rows included. All groups
-        that one exchange serves have the same ranks in the same order."""
+        self._sent_bytes: dict[Group, Counter[int]] = {}
         self._couriers: dict[Group, ThreadPoolExecutor] = {}
 
     def __call__(
@@ -78,6 +76,14 @@ class Exchange:
         if self.spans is not None:
             self.spans.add(name, WAITING, since, now)
 
+    def sent_bytes(self, ways: Ways) -> Counter[int]:
+        """Bytes that went to each other rank over both groups of `ways`, counts of rows included,
+        since this exchange was made."""
+        sent: Counter[int] = Counter()
+        for group in {ways.rows, ways.gradients}:
+            sent.update(self._sent_bytes.get(group, {}))
+        return sent
+
     def close(self) -> None:
         """End the couriers, when what they still carry is here or lost."""
         for courier in self._couriers.values():
@@ -108,10 +114,7 @@ class Exchange:
     def _start(
         self, out: Tensor, rows: Tensor, receive: list[int], send: list[int], group: Group
     ) -> _Journey:
-        row_bytes = rows.element_size() * math.prod(rows.shape[1:])
-        for rank, count in enumerate(send):
-            if count and rank != group.rank():
-                self.sent_bytes[rank] += count * row_bytes
+        self._note_sent(rows, send, group)
         if rows.is_cuda:
             work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
             assert work is not None
@@ -123,6 +126,13 @@ class Exchange:
             self._couriers[group] = ThreadPoolExecutor(1, thread_name_prefix="courier")
         arrival = self._couriers[group].submit(_swap, *swap)
         return _Journey(wait=arrival.result, arrival=arrival)
+
+    def _note_sent(self, rows: Tensor, send: list[int], group: Group) -> None:
+        row_bytes = rows.element_size() * math.prod(rows.shape[1:])
+        sent = self._sent_bytes.setdefault(group, Counter())
+        for rank, count in enumerate(send):
+            if count and rank != group.rank():
+                sent[rank] += count * row_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

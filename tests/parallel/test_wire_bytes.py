@@ -113,8 +113,8 @@ def tcp_bytes(own_node: int) -> Counter[int]:
 class Meter:
     """Reads all counters between two barriers, when nothing is under way."""
 
-    def __init__(self, exchange: Exchange, nodes: NodeMap, rank: int) -> None:
-        self._exchange, self._nodes, self._rank = exchange, nodes, rank
+    def __init__(self, exchange: Exchange, ways: Ways, nodes: NodeMap, rank: int) -> None:
+        self._exchange, self._ways, self._nodes, self._rank = exchange, ways, nodes, rank
         self._last = self._read()
         self._idle = self.since()
 
@@ -137,7 +137,7 @@ class Meter:
         found = (
             tcp_bytes(self._nodes.node_of[self._rank]),
             int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text()),
-            self._nodes.across(self._rank, self._exchange.sent_bytes),
+            self._nodes.across(self._rank, self._exchange.sent_bytes(self._ways)),
         )
         dist.barrier()
         return found
@@ -164,7 +164,7 @@ def measure(member: Member, network: Network) -> list[list[dict[str, Any]]]:
         x = torch.randn(len(routing.experts_TK), WIDTH, generator=generator).to(kind.dtype)
         x.requires_grad_()
         phases = []
-        meter = Meter(exchange, network.nodes, member.rank)
+        meter = Meter(exchange, ways, network.nodes, member.rank)
         dispatched = dispatch.dispatch(LAYER, x, routing)
         phases.append(meter.since())
         y = dispatched.rows_ND * 2
