@@ -102,7 +102,7 @@ def there_and_back(
         slot = torch.bucketize(row, dispatched.offsets.long(), right=True)
         y = expert(dispatched.rows_ND, held[slot])
         out = dispatch.combine(y, dispatched)
-        with torch.no_grad():
+        with torch.inference_mode():  # as in serving
             again = dispatch.dispatch(layer, x, routing)
             served = dispatch.combine(expert(again.rows_ND, held[slot]), again)
         assert torch.equal(served, out)
