@@ -1,10 +1,10 @@
 """SwiGLU FFNs of experts whose rows are adjacent, one expert after the other.
 
-Between its two products an expert's rows stay in a core's cache, and gate and up are all that is
-kept of them: the backward makes the hidden rows again, which costs one product of elements, and
-writes the gradient of gate and up over themselves. What is kept is a tensor for each expert, small
-enough for memory that was used before. Larger ones are new from the system each time, with a page
-fault every 4 kB: 28 of 280 ms for 16384 rows, 256 wide, fp32, on one core.
+Between its two products an expert's rows stay in a core's cache. Gate, up and silu(gate) are kept;
+the backward writes the gradients of gate and up over the former, and over the latter the hidden
+rows that the weight gradient needs. What is kept are tensors for each expert, small enough for
+memory that was used before. Larger ones are new from the system each time, with a page fault every
+4 kB: 28 of 280 ms for 16384 rows, 256 wide, fp32, on one core.
 
 N rows in e groups, D model, F expert width, G = 2F for gate and up.
 """
@@ -45,46 +45,47 @@ def _largest(ends_e: list[int]) -> int:
 
 def experts(
     rows_ND: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, ends_e: list[int], *, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """(outputs (N, D), each group's gate and up (rows, G) if they are to be kept). No gradients."""
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Outputs (N, D), and if they are to be kept each group's gate and up, and silu of its gate.
+
+    No gradients. Of a group with n rows (n, G) and (n, F) are kept; of an empty one nothing.
+    """
     F = down_eDF.shape[2]
     out_ND = rows_ND.new_empty(rows_ND.shape)
     largest = _largest(ends_e)
-    hidden, reused = rows_ND.new_empty(largest, F), rows_ND.new_empty(0 if keep else largest, 2 * F)
+    reused, hidden = rows_ND.new_empty(0 if keep else largest, 2 * F), rows_ND.new_empty(largest, F)
     up_weight, down_weight = gate_up_eGD.transpose(1, 2), down_eDF.transpose(1, 2)
-    kept = []
+    kept, silus = [], []
     for group, rows in groups(ends_e):
         length = rows.stop - rows.start
         gate_up = rows_ND.new_empty(length, 2 * F) if keep else reused[:length]
+        silu = rows_ND.new_empty(length, F) if keep else hidden[:length]
         torch.mm(rows_ND[rows], up_weight[group], out=gate_up)
-        swiglu_into(gate_up, hidden[:length])
+        swiglu_into(gate_up, silu, hidden[:length])
         torch.mm(hidden[:length], down_weight[group], out=out_ND[rows])
         if keep:
             kept.append(gate_up)
-    return out_ND, kept
+            silus.append(silu)
+    return out_ND, kept, silus
 
 
 def experts_grad(
     dy_ND: Tensor,
-    kept: list[Tensor],
+    kept: Sequence[Tensor],
+    silus: Sequence[Tensor],
     gate_up_eGD: Tensor,
     down_eDF: Tensor,
     ends_e: list[int],
-) -> tuple[Tensor, list[Tensor]]:
-    """(gradient of the rows (N, D), each group's hidden rows (rows, F)).
-
-    `kept` become their own gradients.
-    """
-    F = down_eDF.shape[2]
-    dx_ND, hidden = dy_ND.new_empty(dy_ND.shape), []
-    d_hidden = dy_ND.new_empty(_largest(ends_e), F)
-    for gate_up, (group, rows) in zip(kept, groups(ends_e)):
-        dh, h = d_hidden[: len(gate_up)], dy_ND.new_empty(len(gate_up), F)
+) -> Tensor:
+    """Gradient of the rows (N, D). `kept` become their own gradients, `silus` the hidden rows."""
+    dx_ND = dy_ND.new_empty(dy_ND.shape)
+    d_hidden = dy_ND.new_empty(_largest(ends_e), down_eDF.shape[2])
+    for gate_up, silu, (group, rows) in zip(kept, silus, groups(ends_e)):
+        dh = d_hidden[: len(gate_up)]
         torch.mm(dy_ND[rows], down_eDF[group], out=dh)
-        swiglu_grad_(gate_up, dh, h)
+        swiglu_grad_(gate_up, silu, dh)
         torch.mm(gate_up, gate_up_eGD[group], out=dx_ND[rows])
-        hidden.append(h)
-    return dx_ND, hidden
+    return dx_ND
 
 
 def add_experts_weight_grad(

@@ -28,25 +28,26 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def swiglu_into(gate_up: Tensor, out: Tensor) -> None:
-    """`swiglu` without gradients, written to `out` (N, F)."""
+def swiglu_into(gate_up: Tensor, silu: Tensor, out: Tensor) -> None:
+    """silu(first half) and `swiglu`, (N, F) both, written to `silu` and `out`; may be the same."""
     for rows in blocks(gate_up):
         gate, up = gate_up[rows].chunk(2, dim=-1)
-        torch.ops.aten.silu.out(gate, out=out[rows]).mul_(up)
+        torch.ops.aten.silu.out(gate, out=silu[rows])
+        torch.mul(silu[rows], up, out=out[rows])
 
 
-def swiglu_grad_(gate_up: Tensor, dy: Tensor, out: Tensor) -> None:
-    """The gradient of `gate_up`, written over it, and its `swiglu` once more, written to `out`."""
+def swiglu_grad_(gate_up: Tensor, silu: Tensor, dy: Tensor) -> None:
+    """`gate_up` becomes its gradient, `silu` becomes `swiglu` once more, and `dy` is spoilt."""
     spare = None
     for rows in blocks(gate_up):
         gate, up = gate_up[rows].chunk(2, dim=-1)
         if spare is None:
-            spare = dy.new_empty(2, *gate.shape)
-        d_silu, silu = spare[:, : len(gate)]
-        torch.mul(dy[rows], up, out=d_silu)
-        torch.ops.aten.silu.out(gate, out=silu)
-        torch.mul(silu, up, out=out[rows])
-        torch.mul(silu, dy[rows], out=up)
+            spare = torch.empty_like(dy[rows])
+        d_silu, d_up = spare[: len(gate)], dy[rows]
+        torch.mul(d_up, up, out=d_silu)
+        d_up.mul_(silu[rows])
+        silu[rows].mul_(up)
+        up.copy_(d_up)
         torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=gate)
 
 

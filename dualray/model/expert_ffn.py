@@ -62,18 +62,19 @@ class _ExpertFfn(torch.autograd.Function):
         ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, sink: WeightGradSink
     ) -> Tensor:
         ctx.ends = offsets.tolist()
-        out, kept = experts(rows, gate_up, down, ctx.ends, keep=True)
-        # The backward writes over `kept`. A second one notices by their versions, and raises.
-        ctx.save_for_backward(rows, *kept)
+        out, kept, silus = experts(rows, gate_up, down, ctx.ends, keep=True)
+        # The backward writes over these. A second one notices by their versions, and raises.
+        ctx.save_for_backward(rows, *kept, *silus)
         ctx.gate_up, ctx.down, ctx.sink = gate_up, down, sink
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
-        rows, *kept = ctx.saved_tensors
+        rows, *saved = ctx.saved_tensors
         ends, dy = ctx.ends, dy.contiguous()
-        dx, hidden = experts_grad(dy, kept, ctx.gate_up, ctx.down, ends)
+        kept, hidden = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        dx = experts_grad(dy, kept, hidden, ctx.gate_up, ctx.down, ends)
         dy_e, rows_e = ([side[part] for _, part in groups(ends)] for side in (dy, rows))
         ctx.sink.submit(ctx.down, lambda grad: add_experts_weight_grad(grad, dy_e, hidden, ends))
         ctx.sink.submit(ctx.gate_up, lambda grad: add_experts_weight_grad(grad, kept, rows_e, ends))
