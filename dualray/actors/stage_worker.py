@@ -30,12 +30,14 @@ from dualray.inference.runner import PipelineTransport, StageRunner, StepRunner
 from dualray.inference.scheduler import Limits
 from dualray.parallel.expert_groups import Moved
 from dualray.parallel.expert_meter import ExpertWork
+from dualray.parallel.experts_config import ExpertsConfig
 from dualray.parallel.groups import Rendezvous, host_rendezvous
 from dualray.parallel.layout import Layout
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import Phase
 from dualray.parallel.slots import ExpertPlacement
-from dualray.parallel.trainer import HeldOut, StepResult, Trainer
+from dualray.parallel.step_result import HeldOut, StepResult
+from dualray.parallel.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class WorkerSpec:
     """The one that the workers start in."""
     layout: Layout
     placement: ExpertPlacement
-    fp8_dispatch: bool
+    experts: ExpertsConfig
     data_path: str | None
     """Token shards; None for a run that only serves."""
     tokenizer_path: str
@@ -108,7 +110,7 @@ class StageWorker:
     def start(self, rendezvous: Rendezvous, nodes: NodeMap | None) -> None:
         """Build stages and join the other workers. A collective.
 
-        `nodes` says which expert ranks are on one node, if tokens cross between nodes once.
+        `nodes` says which expert ranks are on one node, if they are on several.
         """
         self._nodes = nodes
         os.environ["GLOO_SOCKET_IFNAME"] = _interface_of(
@@ -131,7 +133,7 @@ class StageWorker:
             hosted=self._store,
             only_serves=spec.data_path is None,
             nodes=nodes,
-            fp8_dispatch=spec.fp8_dispatch,
+            experts=spec.experts,
         )
 
     @property

@@ -103,10 +103,10 @@ class ExpertsConfig:
     def nodes_of(self, layout: Layout, hosts: Sequence[str]) -> tuple[NodeMap | None, str]:
         """Which expert ranks of a stage are on one node, and a word if that cannot be used.
 
-        `hosts[r]` is the node of world rank r. None if all are on one, if rows are to be sent for
-        every choice, or if stages or replicas lie differently on their nodes.
+        `hosts[r]` is the node of world rank r. None if all are on one, or if stages or replicas lie
+        differently on their nodes.
         """
-        if layout.experts == 1 or self.dispatch == "flat":
+        if layout.experts == 1:
             return None, ""
         if self.ranks_per_node is not None:
             if layout.experts % self.ranks_per_node:

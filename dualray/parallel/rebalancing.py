@@ -44,8 +44,8 @@ class Rebalancing:
         trains: bool,
         has_state: bool,
     ) -> None:
-        """`nodes` is where expert ranks are, if that matters; `dtype` the weights'. `has_state` says
-        that workers hold masters and moments, as they do behind their training too."""
+        """`nodes` is where expert ranks are, if that matters; `dtype` is that of the weights. With
+        `has_state` workers hold masters and moments, as they do behind their training too."""
         self.placement = placement
         self._layout, self._trains, self._has_state = layout, trains, has_state
         self.every = config.rebalance_every if trains else config.serve_rebalance_every

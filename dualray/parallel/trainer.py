@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from dualray.parallel.exchange import Exchange
 from dualray.parallel.executor import Executor
 from dualray.parallel.expert_groups import ExpertGroups, Moved
 from dualray.parallel.expert_meter import ExpertMeter, ExpertWork
+from dualray.parallel.experts_config import ExpertsConfig
 from dualray.parallel.groups import Rendezvous, Ways, join, leave
 from dualray.parallel.held import HeldStages
 from dualray.parallel.layout import Layout
@@ -39,47 +39,12 @@ from dualray.parallel.optimizer import Joined, make_optimizer
 from dualray.parallel.p2p import PipelineLinks
 from dualray.parallel.phases import Phase
 from dualray.parallel.slots import ExpertPlacement
-from dualray.parallel.spans import OPTIMIZER, SpanTuple
+from dualray.parallel.spans import OPTIMIZER
+from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.parallel.train_config import TrainConfig
 from dualray.parallel.weight_grads import WeightGrads
 from dualray.schedule.forward_only import forward_only
 from dualray.schedule.make import make_schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One step's measurements. Losses are global means in nats per target.
-
-    `loads` and `max_vio` cover the MoE layers this worker holds, over the whole batch.
-    `bubble` and `exposed_communication` are shares of the walk, from its start to the end of the
-    last worker's, averaged over the workers: what each waited for other pipeline ranks or was
-    done already, and what it waited for expert ranks with nothing to compute.
-    `slot_rows` are the rows that this worker's slots were sent, `expert_s` the seconds in which its
-    routed experts computed on them in forwards, both by layer.
-    `spans` are what this worker did when.
-    """
-
-    loss: float
-    mtp_loss: list[float]
-    balance_loss: float
-    grad_norm: float
-    lr: float
-    bubble: float
-    exposed_communication: float
-    step_time_s: float
-    loads: dict[int, list[int]]
-    max_vio: dict[int, float]
-    slot_rows: dict[int, list[int]]
-    expert_s: dict[int, float]
-    spans: list[SpanTuple]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Held-out cross-entropy: the global sum in nats, and how many targets it covers."""
-
-    loss_sum: float
-    targets: int
 
 
 class Trainer:
@@ -100,20 +65,20 @@ class Trainer:
         hosted: dist.TCPStore | None = None,
         only_serves: bool = False,
         nodes: NodeMap | None = None,
-        fp8_dispatch: bool = False,
+        experts: ExpertsConfig | None = None,
     ) -> None:
         """Builds the stages and joins the others; `hosted` is rank 0's rendezvous store.
 
         The learning rate of `train` counts its steps from `first_step`. `only_serves` leaves
         gradients and optimizer state out. `nodes` says which expert ranks of a stage are on one
-        node, if tokens are to cross between nodes once; `fp8_dispatch` sends them in FP8.
+        node, if they are on several, and `experts` how tokens travel between them.
         """
         self.model, self.layout, self.train = model, layout, train
         self.rank = rank
         self.at = layout.coordinate(rank)
         self.device = device
         self.first_step = first_step
-        self.nodes, self.fp8_dispatch = nodes, fp8_dispatch
+        self.nodes, self.experts_config = nodes, experts or ExpertsConfig()
         self.schedule = make_schedule(layout.schedule, layout.pipeline, train.micro_batches)
         self.held = HeldStages(
             model,
@@ -127,7 +92,7 @@ class Trainer:
         )
         self.groups = join(layout, self.schedule, rank, rendezvous, device=device, hosted=hosted)
         self.weight_grads = WeightGrads()
-        exchange = Exchange()
+        self.exchange = exchange = Exchange()
         config = train.optimizer_config()
         self.experts = ExpertGroups(
             self.held,
@@ -192,8 +157,8 @@ class Trainer:
             self.device,
             exchange,
             rows=self.meter.rows,
-            nodes=self.nodes,
-            fp8=self.fp8_dispatch,
+            nodes=None if self.experts_config.dispatch == "flat" else self.nodes,
+            fp8=self.experts_config.fp8_dispatch,
         )
 
     @property
@@ -229,9 +194,11 @@ class Trainer:
         """
         started = time.perf_counter()
         self.meter.take()
+        crossed = self._crossed_nodes()
         batches = self.slicer.micro_batches(source, step)
         targets = self._count_targets(batches)
         sums = self.executor.run(self.schedule, batches, self._objective(targets), timed=timed)
+        crossed = self._crossed_nodes() - crossed
         work = self.meter.take()
         with sums.spans.noted("sum gradients", OPTIMIZER):
             self.experts.send_gradients_home()
@@ -245,7 +212,16 @@ class Trainer:
         with sums.spans.noted("balance", OPTIMIZER):
             loads = global_loads(sums.loads, self.groups.dense)
             update_biases(self.held.routers(), loads, self.train.gamma_at(step))
-        return self._result(sums, work, targets, loads, norm, lr, started)
+        return self._result(sums, work, crossed, targets, loads, norm, lr, started)
+
+    def _crossed_nodes(self) -> int:
+        """Bytes that dispatches have sent to other nodes since the groups were formed."""
+        if self.nodes is None:
+            return 0
+        return sum(
+            self.nodes.across(self.at.expert, self.exchange.sent_bytes(ways))
+            for ways in self.groups.dispatch
+        )
 
     def _count_targets(self, batches: dict[tuple[int, int], MicroBatch]) -> list[int]:
         """Valid targets per depth over all workers."""
@@ -284,6 +260,7 @@ class Trainer:
         self,
         sums: StepSums,
         work: ExpertWork,
+        crossed: int,
         targets: list[int],
         loads: dict[int, Tensor],
         norm: float,
@@ -316,6 +293,7 @@ class Trainer:
             max_vio={layer: max_violation(load) for layer, load in loads.items()},
             slot_rows=work.slot_rows or {k: load.tolist() for k, load in sums.loads.items()},
             expert_s=work.seconds,
+            cross_node_bytes=crossed,
             spans=sums.spans.taken,
         )
 

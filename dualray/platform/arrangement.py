@@ -15,7 +15,7 @@ from dualray.actors.gang import Gang
 from dualray.errors import ConfigError
 from dualray.parallel.phases import Phase
 from dualray.parallel.spans import OPTIMIZER, SpanTuple
-from dualray.parallel.trainer import StepResult
+from dualray.parallel.step_result import StepResult
 from dualray.platform.expert_moves import memory_bytes
 from dualray.platform.run_file import RunFile
 from dualray.platform.scheduler import Decision, Observation, Scheduler

@@ -149,7 +149,7 @@ class Controller:
             phase=phase_with(self._first_phase, self._start.choice),
             layout=self._start.layout,
             placement=self._placement,
-            fp8_dispatch=run.experts.fp8_dispatch,
+            experts=run.experts,
             data_path=str(Path(run.data.path).absolute()) if self._a.trains else None,
             tokenizer_path=str(self._a.folder.tokenizer),
             seed=run.seed,

@@ -16,7 +16,7 @@ from dualray.parallel.nodes import NodeMap
 from dualray.parallel.proposal import Proposal
 from dualray.parallel.rebalancing import Rebalancing, rank_imbalance
 from dualray.parallel.slots import ExpertPlacement, to_plain
-from dualray.parallel.trainer import StepResult
+from dualray.parallel.step_result import StepResult
 from dualray.platform.events import EventLog, Note
 from dualray.platform.metrics import ExpertsMoved
 from dualray.platform.metrics_log import MetricsLog

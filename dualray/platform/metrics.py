@@ -57,6 +57,9 @@ class StepMetrics:
     """Seconds that the slowest worker computed in forwards of its routed experts."""
     expert_s_mean: float | None = None
     """The same, averaged over the workers."""
+    cross_node_bytes_per_token: float | None = None
+    """What dispatches sent between nodes in forwards and backwards, over the tokens of the step;
+    None where the expert ranks of a stage are on one node."""
     heldout_loss: float | None = None
     """Held-out cross-entropy, nats per token; only on evaluation steps."""
     heldout_bits_per_byte: float | None = None

@@ -21,7 +21,7 @@ from dualray.parallel.balance import max_violation
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import phase_at, phase_behind
 from dualray.parallel.slots import ExpertPlacement
-from dualray.parallel.trainer import HeldOut, StepResult
+from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.platform.arrangement import Arrangement
 from dualray.platform.events import EventLog, Note
 from dualray.platform.expert_moves import ExpertMoves, imbalance
@@ -202,6 +202,7 @@ class Training:
     ) -> StepMetrics:
         phase, first, layout = self._phase, results[0], self.arrangement.layout
         seconds = [sum(result.expert_s.values()) for result in results]
+        crossed = sum(result.cross_node_bytes for result in results)
         max_vio: dict[int, float] = {}
         for result in results:
             max_vio |= result.max_vio
@@ -235,6 +236,7 @@ class Training:
             rank_imbalance=imbalance(layout, results) if layout.experts > 1 else None,
             expert_s=max(seconds) if any(seconds) else None,
             expert_s_mean=sum(seconds) / len(seconds) if any(seconds) else None,
+            cross_node_bytes_per_token=crossed / tokens if crossed else None,
             heldout_loss=nats,
             heldout_bits_per_byte=bits,
         )

@@ -71,6 +71,7 @@ def run_one(
         losses.append((result.loss, result.grad_norm))
         rows = {layer: sum(counts) for layer, counts in result.slot_rows.items()}
         assert set(result.expert_s) == set(rows)
+        assert result.cross_node_bytes == 0
         assert all(seconds > 0 for layer, seconds in result.expert_s.items() if rows[layer])
     weights = {
         layer: [weight.detach().double().numpy().copy() for weight in experts.parameters()]

@@ -141,7 +141,6 @@ def test_nodes_come_from_the_workers_hosts_or_from_the_run_file() -> None:
     nodes, word = config.nodes_of(layout, list("aabbcddd"))
     assert nodes is None
     assert "lie differently" in word
-    assert replace(config, dispatch="flat").nodes_of(layout, list("aabbccdd")) == (None, "")
     asked, word = replace(config, dispatch="node_limited").nodes_of(layout, ["a"] * 8)
     assert asked is None
     assert "on one node" in word

@@ -13,7 +13,7 @@ from dualray.actors.stage_worker import WorkerInfo
 from dualray.errors import ConfigError
 from dualray.parallel.expert_groups import Moved
 from dualray.parallel.slots import from_plain
-from dualray.parallel.trainer import StepResult
+from dualray.parallel.step_result import StepResult
 from dualray.platform.events import EventLog, Note
 from dualray.platform.expert_moves import ExpertMoves, imbalance, refuse_too_many_copies
 from dualray.platform.metrics_log import MetricsLog, read_metrics
@@ -53,6 +53,7 @@ def results(run: RunFile, hot: float) -> list[StepResult]:
             exposed_communication=0.0, step_time_s=0.1, loads={}, max_vio={}, spans=[],
             slot_rows=dict.fromkeys(layers, rows[rank % 2]),
             expert_s=dict.fromkeys(layers, sum(rows[rank % 2]) / 1e4),
+            cross_node_bytes=0,
         )
         for rank in range(4)
     ]  # fmt: skip

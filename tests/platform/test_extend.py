@@ -17,7 +17,7 @@ from dualray.data.dataset import TokenDataset
 from dualray.errors import CheckpointError, ConfigError, DataError
 from dualray.parallel.phases import phase_at
 from dualray.parallel.slots import contiguous_placement
-from dualray.parallel.trainer import HeldOut, StepResult
+from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.platform.console import Console
 from dualray.platform.events import EventLog, Note
 from dualray.platform.folder import RunFolder
@@ -74,7 +74,7 @@ class FakeGang:
             result = StepResult(
                 loss=float(self.steps), mtp_loss=[], balance_loss=0.0, grad_norm=1.0, lr=0.1,
                 bubble=0.0, exposed_communication=0.0, step_time_s=0.1, loads={}, max_vio={},
-                slot_rows={}, expert_s={}, spans=[],
+                slot_rows={}, expert_s={}, cross_node_bytes=0, spans=[],
             )  # fmt: skip
             return [result]
         return [None]

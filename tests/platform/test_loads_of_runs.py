@@ -17,7 +17,7 @@ from dualray.errors import RunError
 from dualray.parallel.balance import max_violation
 from dualray.parallel.layout import Layout
 from dualray.parallel.slots import contiguous_placement
-from dualray.parallel.trainer import HeldOut, StepResult
+from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.platform.events import EventLog
 from dualray.platform.folder import RunFolder
 from dualray.platform.loads import loads_files
@@ -75,7 +75,7 @@ class FakeGang:
             exposed_communication=0.0, step_time_s=0.1,
             loads={layer: load.tolist() for layer, load in loads.items()},
             max_vio={k: max_violation(torch.from_numpy(load)) for k, load in loads.items()},
-            slot_rows=self.rows(step, worker), expert_s={}, spans=[],
+            slot_rows=self.rows(step, worker), expert_s={}, cross_node_bytes=0, spans=[],
         )  # fmt: skip
 
 

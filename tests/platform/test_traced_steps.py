@@ -14,7 +14,7 @@ from dualray.data.dataset import TokenDataset
 from dualray.parallel.layout import Layout
 from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.spans import COMPUTE, SpanTuple
-from dualray.parallel.trainer import HeldOut, StepResult
+from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.platform.events import EventLog
 from dualray.platform.folder import RunFolder
 from dualray.platform.metrics_log import MetricsLog, read_metrics
@@ -63,7 +63,7 @@ def _result(spans: list[SpanTuple]) -> StepResult:
     return StepResult(
         loss=1.0, mtp_loss=[], balance_loss=0.0, grad_norm=1.0, lr=0.1, bubble=0.25,
         exposed_communication=0.125, step_time_s=0.1, loads={}, max_vio={},
-        slot_rows={}, expert_s={}, spans=spans,
+        slot_rows={}, expert_s={}, cross_node_bytes=0, spans=spans,
     )  # fmt: skip
 
 

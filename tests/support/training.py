@@ -9,8 +9,10 @@ import torch
 
 from dualray.data.loader import IGNORED
 from dualray.model.config import ModelConfig
+from dualray.parallel.experts_config import ExpertsConfig
 from dualray.parallel.groups import Rendezvous
 from dualray.parallel.layout import Layout
+from dualray.parallel.nodes import NodeMap
 from dualray.parallel.slots import ExpertPlacement, contiguous_placement
 from dualray.parallel.train_config import TrainConfig
 from dualray.parallel.trainer import Trainer
@@ -62,6 +64,8 @@ def make_trainer(
     *,
     first_step: int = 0,
     placement: ExpertPlacement | None = None,
+    nodes: NodeMap | None = None,
+    experts: ExpertsConfig | None = None,
 ) -> Trainer:
     return Trainer(
         model=model,
@@ -73,4 +77,6 @@ def make_trainer(
         seed=5,
         device=torch.device("cpu"),
         first_step=first_step,
+        nodes=nodes,
+        experts=experts,
     )

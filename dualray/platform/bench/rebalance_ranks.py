@@ -27,7 +27,8 @@ from dualray.parallel.layout import Layout
 from dualray.parallel.proposal import Proposal
 from dualray.parallel.rebalancing import Rebalancing
 from dualray.parallel.slots import ExpertPlacement
-from dualray.parallel.trainer import StepResult, Trainer
+from dualray.parallel.step_result import StepResult
+from dualray.parallel.trainer import Trainer
 from dualray.platform.bench.ranks import Member
 from dualray.platform.bench.rebalance import (
     SLOW_RANK,

@@ -34,8 +34,9 @@ from dualray.parallel.exchange import Exchange
 from dualray.parallel.layout import Layout
 from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.spans import Spans, SpanTuple
+from dualray.parallel.step_result import StepResult
 from dualray.parallel.train_config import TrainConfig
-from dualray.parallel.trainer import StepResult, Trainer
+from dualray.parallel.trainer import Trainer
 from dualray.platform.bench.hosts import LOOPBACK
 from dualray.platform.bench.ranks import Member, run_ranks
 from dualray.platform.timeline import step_trace
