@@ -52,11 +52,11 @@ def packed_batch(config: ModelConfig):
 
 
 def travel_slowly() -> None:
-    """Let messages take 2 ms, longer than it takes to look whether one is here."""
+    """Let messages take 4 ms, longer than it takes to look whether one is here."""
     swap = exchange._swap
 
     def slow_swap(*message):
-        time.sleep(0.002)
+        time.sleep(0.004)
         return swap(*message)
 
     exchange._swap = slow_swap
@@ -110,16 +110,19 @@ def test_overlapped_equals_sequential_bit_for_bit(dtype: torch.dtype) -> None:
     config = tiny_config(num_hidden_layers=8)
     ports = [free_port() for _ in range(len(LAYOUTS) * len(MODES))]
     by_rank = run_ranks(walk_modes, WORLD, config, ports, dtype)
-    for rank, found in enumerate(by_rank):
-        for at in range(len(LAYOUTS)):
+    for at in range(len(LAYOUTS)):
+        in_turns = 0
+        for rank, found in enumerate(by_rank):
             sequential, overlapped, *recomputed = found[at * len(MODES) : (at + 1) * len(MODES)]
             for other in (overlapped, *recomputed):
                 assert other[:3] == sequential[:3], (LAYOUTS[at], rank)
             orders = exchanges_within_pairs(overlapped[3])
             assert orders
-            # Each goes on before the other has ended.
-            assert any(order.count("bf") > 1 for order in orders), orders
+            in_turns += sum(order.count("bf") > 1 for order in orders)
             assert not exchanges_within_pairs(sequential[3])
+        # Each goes on before the other has ended. On a busy machine one rank may always come so
+        # late that all messages are there, but hardly everyone.
+        assert in_turns, LAYOUTS[at]
 
 
 class Log:
