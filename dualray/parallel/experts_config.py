@@ -41,8 +41,8 @@ class ExpertsConfig:
     ranks_per_node: int | None = None
     """Expert ranks that count as one node; None asks Ray where the workers are."""
     fp8_dispatch: bool = False
-    """Send tokens to the experts in FP8 (tiles of 1 x 128, arXiv 2412.19437, 3.3.3) and their
-    results back in BF16."""
+    """Send tokens, and gradients of results, to the experts in FP8 (tiles of 1 x 128, arXiv
+    2412.19437, 3.3.3); results come back in train.dtype."""
 
     def __post_init__(self) -> None:
         for field in ("redundant", "rebalance_every", "serve_rebalance_every"):
