@@ -183,9 +183,11 @@ class StageWorker:
         return moved
 
     def expert_work(self) -> ExpertWork:
-        """What the expert groups did since they were last asked; for serving, since training
-        tells with each step."""
-        return self.trainer.meter.take()
+        """What the expert groups did in serving since they were last asked; training tells with
+        each step."""
+        work = self.trainer.meter.take()
+        self.trainer.meter.begin()
+        return work
 
     def evaluate(self, num_batches: int | None) -> HeldOut:
         """Held-out loss over so many global batches, or all of them. A collective."""
@@ -202,17 +204,21 @@ class StageWorker:
             pieces = itertools.chain(pieces, tokenizer)
         return write_rank(Path(folder), self.rank, pieces)
 
-    def digest(self) -> str:
-        """xxh3 over the weights that this rank is the first to hold."""
-        digest = xxhash.xxh3_128()
+    def digest(self) -> int:
+        """Sum of xxh3 over name and values of each logical tensor that this rank is the first to
+        hold. The sum over the workers does not depend on who holds what."""
+        total = 0
         for piece in trainer_state.weight_pieces(self.trainer):
-            digest.update(piece.name.encode())
+            digest = xxhash.xxh3_128(piece.name.encode())
             digest.update(piece.tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+            total += digest.intdigest()
+        return total
 
     def start_serving(self, limits: Limits, compile_batch: int) -> WorkerInfo:
         """Take a latent cache beside the weights that training left; nothing is copied."""
         trainer = self.trainer
+        if self.spec.experts.serve_rebalance_every:
+            trainer.meter.begin()
         stages = {
             direction: StageRunner(
                 trainer.held.stages[stage],

@@ -1,10 +1,11 @@
 """The routed experts of one worker: their optimizer, their copies elsewhere, and how they move.
 
 Everything is kept layer by layer, so that a migration touches nothing but the layers that change.
-It happens between steps, among living processes. All that is new is built aside: weights come
-from the former homes over the expert ranks of the stage, master weights and moments from whoever
-owns a part of them, mirrors and replicas included. When every worker has everything, all put it
-into place; until then the old placement is whole, whoever is lost.
+It happens between steps, among living processes. A layer's new experts are built aside: weights
+come from the former homes over the expert ranks of the stage, master weights and moments from
+whoever owns a part of them, mirrors and replicas included. When every worker has everything of the
+layer, all put it into place and let go of the old; so a migration needs memory for one layer more,
+and every layer is whole, in its old place or its new one, whoever is lost.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dualray.parallel.optimizer import (
 )
 from dualray.parallel.redundant import Copies, from_former_homes
 from dualray.parallel.reshard import Wanted, assemble, cut, swap_ranges, wanted
-from dualray.parallel.slots import ExpertPlacement
+from dualray.parallel.slots import ExpertPlacement, differ_in
 from dualray.parallel.weight_grads import attach_main_grads
 
 
@@ -42,6 +43,7 @@ class Moved:
     layers: tuple[int, ...]
     """Those of this worker that changed."""
     received_bytes: int
+    """What other workers sent to it."""
     seconds: float
 
 
@@ -90,30 +92,34 @@ class ExpertGroups:
     def move(self, placement: ExpertPlacement) -> Moved:
         """Let experts be where `placement` says. Every worker of the stages' copies must call it.
 
-        Raises what the exchange raises if a worker is lost; nothing has changed then.
+        Raises what the exchange raises if a worker is lost. `placement` of this object says then
+        which layers have moved.
         """
         started = time.perf_counter()
-        fresh: dict[int, _Layer] = {}
+        changed = [layer for layer in self._layers if differ_in(layer, self.placement, placement)]
         received = 0
-        for layer, present in self._layers.items():
-            if _differs(self.placement, placement, layer):
-                fresh[layer], num_bytes = self._moved(layer, present, placement)
-                received += num_bytes
-        # Nobody changes anything before all have everything.
-        dist.barrier(group=self._groups.dense)
-        for layer, present in fresh.items():
-            former = self._layers[layer]
-            if former.optimizer is not None:
-                former.optimizer.close()
-            self._layers[layer] = present
-            self._held.put_experts(layer, present.experts)
+        for layer in changed:
+            fresh, num_bytes = self._moved(layer, self._layers[layer], placement)
+            # Nobody changes anything before all have everything.
+            dist.barrier(group=self._groups.dense)
+            self._put(layer, fresh, placement)
+            received += num_bytes
+        # Layers of other stages, too: the map is the same on all workers.
         self.placement = placement
-        self._join()
         return Moved(
-            layers=tuple(fresh),
+            layers=tuple(changed),
             received_bytes=received,
             seconds=time.perf_counter() - started,
         )
+
+    def _put(self, layer: int, fresh: _Layer, placement: ExpertPlacement) -> None:
+        former = self._layers[layer].optimizer
+        if former is not None:
+            former.close()
+        self._layers[layer] = fresh
+        self._held.put_experts(layer, fresh.experts)
+        self.placement = self.placement.with_layer(layer, placement)
+        self._join()
 
     def _join(self) -> None:
         parts = [layer.optimizer for layer in self._layers.values()]
@@ -154,7 +160,7 @@ class ExpertGroups:
             dtype=torch.promote_types(next(experts.parameters()).dtype, torch.float32),
             device=next(experts.parameters()).device,
         )
-        found = swap_ranges(have, want, self._exchange, self._groups.dense, like)
+        found, state_bytes = swap_ranges(have, want, self._exchange, self._groups.dense, like)
 
         def read(name: str, kind: str, start: int, count: int) -> Tensor:
             def fetch(part: LogicalSlice, low: int, length: int) -> Tensor:
@@ -163,8 +169,7 @@ class ExpertGroups:
             return assemble(fresh_names[name], start, count, fetch)
 
         fresh.optimizer.load_state(read, step_count=former.optimizer.step_count)
-        state = sum(values.nbytes for values in found.values())
-        return fresh, num_bytes + state
+        return fresh, num_bytes + state_bytes
 
     @torch.no_grad()
     def _moved_experts(
@@ -187,13 +192,6 @@ class ExpertGroups:
             setattr(experts, name, Parameter(moved, requires_grad=weight.requires_grad))
             received += arrived.nbytes
         return experts, received
-
-
-def _differs(former: ExpertPlacement, placement: ExpertPlacement, layer: int) -> bool:
-    return (
-        former.held[layer] != placement.held[layer]
-        or former.num_homes[layer] != placement.num_homes[layer]
-    )
 
 
 def _wanted_state(optimizer: Optimizer, slices: dict[str, list[LogicalSlice]]) -> list[Wanted]:

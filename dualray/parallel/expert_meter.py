@@ -24,10 +24,14 @@ class ExpertWork:
 
 
 class ExpertMeter:
-    """Counts rows and seconds; `rows` is written by dispatches, which see the counts anyway."""
+    """Counts rows and seconds between `begin` and `take`.
+
+    `rows` is written by dispatches, which see the counts anyway.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[int, Tensor] = {}
+        self._is_timing = False
         self._seconds: dict[int, float] = {}
         self._events: list[tuple[int, Any, Any]] = []
         self._began: Any = None
@@ -38,8 +42,15 @@ class ExpertMeter:
             module.register_forward_pre_hook(lambda _, args: self._begin(args[0]))
             module.register_forward_hook(lambda _, args, out, layer=layer: self._end(layer, out))
 
+    def begin(self) -> None:
+        """Count from here on."""
+        self.rows.clear()
+        self._seconds.clear()
+        self._events.clear()
+        self._is_timing = True
+
     def take(self) -> ExpertWork:
-        """What was done since it was last asked. Waits for a GPU."""
+        """What was done since it began. Waits for a GPU. Nothing is timed from here on."""
         for layer, began, ended in self._events:
             ended.synchronize()
             took_s = began.elapsed_time(ended) / 1e3
@@ -48,21 +59,27 @@ class ExpertMeter:
             slot_rows={layer: rows.tolist() for layer, rows in sorted(self.rows.items())},
             seconds=dict(sorted(self._seconds.items())),
         )
-        self.rows.clear()
-        self._seconds.clear()
-        self._events.clear()
+        self._is_timing = False
         return work
 
     # A forward of experts exchanges nothing, so no other forward begins before it ends.
     def _begin(self, rows_ND: Tensor) -> None:
+        if self._is_off():
+            return
         self._began = _event() if rows_ND.is_cuda else time.perf_counter()
 
     def _end(self, layer: int, out_ND: Tensor) -> None:
+        if self._is_off():
+            return
         if out_ND.is_cuda:
             self._events.append((layer, self._began, _event()))
         else:
             took_s = time.perf_counter() - self._began
             self._seconds[layer] = self._seconds.get(layer, 0.0) + took_s
+
+    def _is_off(self) -> bool:
+        # What is compiled has no clock to read.
+        return torch.compiler.is_compiling() or not self._is_timing
 
 
 def _event() -> torch.cuda.Event:

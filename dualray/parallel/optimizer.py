@@ -146,14 +146,11 @@ class Optimizer(Protocol):
 
 
 class Joined:
-    """Several optimizers as one, which act in turn."""
+    """Several optimizers as one, which act in turn. Without parts it still counts its steps."""
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
         self.parts = list(parts)
-
-    @property
-    def step_count(self) -> int:
-        return self.parts[0].step_count if self.parts else 0
+        self.step_count = 0
 
     def reduce(self) -> None:
         for part in self.parts:
@@ -171,12 +168,14 @@ class Joined:
     def step(self, lr: float) -> None:
         for part in self.parts:
             part.step(lr)
+        self.step_count += 1
 
     def state_pieces(self) -> Iterator[Piece]:
         for part in self.parts:
             yield from part.state_pieces()
 
     def load_state(self, read: Read, *, step_count: int) -> None:
+        self.step_count = step_count
         for part in self.parts:
             part.load_state(read, step_count=step_count)
 

@@ -58,8 +58,8 @@ def _parts(
 @torch.no_grad()
 def swap_ranges(
     have: Sequence[Piece], want: Sequence[Wanted], exchange: Exchange, group: Group, like: Tensor
-) -> dict[Wanted, Tensor]:
-    """What each wants of what all have; a collective over `group`.
+) -> tuple[dict[Wanted, Tensor], int]:
+    """What each wants of what all have, and the bytes of it that others sent; a collective.
 
     `have` names logical tensors; over the group every element that is wanted must be had once.
     Values come in the dtype and on the device of `like`, which are those of all pieces.
@@ -94,7 +94,8 @@ def swap_ranges(
     for parts, values in zip(receive, arrived.split(counts), strict=True):
         for part, chunk in zip(parts, values.split([part.numel() for part in parts]), strict=True):
             part.copy_(chunk)
-    return found
+    from_others = sum(counts) - counts[group.rank()]
+    return found, from_others * like.element_size()
 
 
 def _overlaps(

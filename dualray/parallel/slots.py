@@ -55,6 +55,13 @@ class ExpertPlacement:
         ranks = range(len(self.held[layer]))
         return {expert: rank for rank in ranks for expert in self.homes(layer, rank)}
 
+    def with_layer(self, layer: int, other: ExpertPlacement) -> ExpertPlacement:
+        """This one, but `layer` as in `other`."""
+        return ExpertPlacement(
+            held={**self.held, layer: other.held[layer]},
+            num_homes={**self.num_homes, layer: other.num_homes[layer]},
+        )
+
     def slots_of(self, layer: int) -> list[list[int]]:
         """Physical slots of every logical expert, its home first."""
         homes: dict[int, int] = {}
@@ -68,6 +75,11 @@ class ExpertPlacement:
                     others.setdefault(expert, []).append(slot)
                 slot += 1
         return [[homes[expert], *others.get(expert, ())] for expert in range(len(homes))]
+
+
+def differ_in(layer: int, one: ExpertPlacement, other: ExpertPlacement) -> bool:
+    """Whether the layer's experts are not in the same slots."""
+    return (one.held[layer], one.num_homes[layer]) != (other.held[layer], other.num_homes[layer])
 
 
 def to_plain(placement: ExpertPlacement) -> dict[str, Any]:

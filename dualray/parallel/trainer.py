@@ -170,14 +170,16 @@ class Trainer:
         """Let experts live elsewhere from now on, between two steps. A collective over the world.
 
         Weights, master weights and moments move with them. Raises what the exchange raises if a
-        worker is lost meanwhile; the old placement is whole then.
+        worker is lost meanwhile; every layer is whole then, in its old place or its new one.
         """
-        moved = self.experts.move(placement)
+        try:
+            moved = self.experts.move(placement)
+        finally:
+            for dispatch in self.dispatches:
+                assert not isinstance(dispatch, LocalDispatch), "a single rank has all experts"
+                dispatch.place(self.placement)
         experts = self.held.experts()
         self.meter.watch({layer: experts[layer] for layer in moved.layers})
-        for dispatch in self.dispatches:
-            assert not isinstance(dispatch, LocalDispatch), "a single rank has all experts"
-            dispatch.place(placement)
         return moved
 
     def weights_were_written(self) -> None:
@@ -193,7 +195,7 @@ class Trainer:
         move.
         """
         started = time.perf_counter()
-        self.meter.take()
+        self.meter.begin()
         crossed = self._crossed_nodes()
         batches = self.slicer.micro_batches(source, step)
         targets = self._count_targets(batches)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import xxhash
 from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup
 
@@ -255,7 +254,7 @@ class Controller:
         self._enter(RunState.SWITCHING)
         started = time.time()
         gang.call("start_serving", self._limits(), self._a.run.serve.compile_batch)
-        digest = xxhash.xxh3_128("".join(gang.call("digest")).encode()).hexdigest()
+        digest = f"{sum(gang.call('digest')) % 2**128:032x}"
         step = self._a.first_step if self._training is None else self._training.steps_done
         ray.get(self._engine.serve.remote(step, digest, self._owners(), self._rebalancing()))
         assert self._target is not None

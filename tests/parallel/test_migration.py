@@ -122,7 +122,20 @@ def test_a_run_goes_on_alike_when_experts_have_moved() -> None:
         # Only layers that change are touched; each of two mirrored workers has them all.
         counts = [[kept[2] for kept in found[1]] for found in moved]
         assert counts == [[len(LAYERS), 1, len(LAYERS), len(LAYERS)]] * 4
-        assert all(kept[3] > 0 for found in moved for kept in found[1])
+        received = [[kept[3] for kept in found[1]] for found in moved]
+        assert all(min(swapped, *others) > 0 for swapped, _, *others in received)
+        # Another order of the slots of a rank sends no weights.
+        assert all(reordered < swapped for swapped, reordered, *_ in received)
+
+
+@pytest.mark.multiproc
+def test_a_rank_may_lose_its_last_home_and_get_others() -> None:
+    moves = {1: ONLY_COPIES, 4: COPIED}
+    cases = [(train, then, free_port()) for train in (TRAIN, FLOAT32) for then in ({}, moves)]
+    results = run_ranks(run, 4, TWO_BY_TWO, cases)[0]
+    for still, moved, tolerance in ((*results[:2], 1e-9), (*results[2:], 1e-6)):
+        for found, wanted in zip(moved[0], still[0], strict=True):
+            assert found[0] == pytest.approx(wanted[0], rel=tolerance)
 
 
 @pytest.mark.multiproc
