@@ -3,9 +3,8 @@
 Receives are posted one step ahead, so that a message arrives while the step before it runs;
 sends follow the action that produced them. A full backward runs its weight gradients at once,
 an input-gradient backward queues them, a W runs the oldest queued batch. The two halves of an
-overlapped pair take turns wherever one of them exchanges rows with other expert ranks, and a
-pair's backward may begin before the forward of the pair before it has ended; without exchanges
-there is nothing to hide and halves run one after the other.
+overlapped pair take turns wherever one of them exchanges rows with other expert ranks, and a pair's
+backward may begin before the forward of the pair before it has ended; else halves run in turn.
 """
 
 from __future__ import annotations

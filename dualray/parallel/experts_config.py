@@ -76,6 +76,19 @@ class ExpertsConfig:
         """
         ranks = layout.experts
         self._refuse_single_rank(ranks)
+        if self.ranks_per_node is not None and ranks % self.ranks_per_node:
+            raise ConfigError(
+                f"experts.ranks_per_node {self.ranks_per_node} does not divide layout.experts "
+                f"{ranks}",
+                hint="choose a divisor, or leave it out to count Ray's nodes",
+            )
+        most = model.n_routed_experts * (ranks - 1)
+        if self.redundant > most:
+            raise ConfigError(
+                f"experts.redundant is {self.redundant} and {ranks} expert ranks that all have all "
+                f"{model.n_routed_experts} experts have {most} redundant ones",
+                hint=f"set experts.redundant to at most {most}",
+            )
         total = model.n_routed_experts + self.redundant
         if self.redundant and total % ranks:
             raise ConfigError(
@@ -89,16 +102,22 @@ class ExpertsConfig:
 
     def placement_after(
         self, remembered: Mapping[str, Any] | None, model: ModelConfig, layout: Layout
-    ) -> ExpertPlacement:
-        """What a checkpoint remembers, if the ranks have such slots now; else the first one."""
+    ) -> tuple[ExpertPlacement, str]:
+        """What a checkpoint remembers, if the ranks have such slots now; else the first one, and a
+        word about it."""
         first = self.first_placement(model, layout)
         if remembered is None:
-            return first
+            return first, ""
         placement = from_plain(remembered)
         same = placement.held.keys() == first.held.keys() and all(
             placement.slots(layer) == first.slots(layer) for layer in first.held
         )
-        return placement if same else first
+        if same:
+            return placement, ""
+        return first, (
+            "the checkpoint's experts lived in other slots than these ranks have, so where they "
+            "had moved to is forgotten"
+        )
 
     def nodes_of(self, layout: Layout, hosts: Sequence[str]) -> tuple[NodeMap | None, str]:
         """Which expert ranks of a stage are on one node, and a word if that cannot be used.
@@ -109,12 +128,6 @@ class ExpertsConfig:
         if layout.experts == 1:
             return None, ""
         if self.ranks_per_node is not None:
-            if layout.experts % self.ranks_per_node:
-                raise ConfigError(
-                    f"experts.ranks_per_node {self.ranks_per_node} does not divide layout.experts "
-                    f"{layout.experts}",
-                    hint="choose a divisor, or leave it out to count Ray's nodes",
-                )
             maps = {NodeMap.of([rank // self.ranks_per_node for rank in range(layout.experts)])}
         else:
             ranks = range(0, layout.world_size, layout.experts)
@@ -137,7 +150,9 @@ class ExpertsConfig:
     def _refuse_single_rank(self, ranks: int) -> None:
         if ranks > 1:
             return
-        for field in ("redundant", "slots", "rebalance_every", "serve_rebalance_every"):
+        for field in (
+            "redundant", "slots", "rebalance_every", "serve_rebalance_every", "ranks_per_node"
+        ):  # fmt: skip
             if value := getattr(self, field):
                 raise ConfigError(
                     f"experts.{field} is {value} and layout.experts is 1, where every worker has "

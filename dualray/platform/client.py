@@ -17,6 +17,7 @@ from dualray.proto import inference_pb2_grpc as pb_grpc
 
 CONNECT_TIMEOUT_S = 10.0
 """How long the first look at a server may take."""
+_FIRST_TOKEN_LIMIT_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,15 @@ class Client:
             _add(request, flag, True)
         call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
         return Generation(call, self.target)
+
+
+def first_token_at(target: str, run_name: str) -> float:
+    """Ask for one token as any client would; when it came, in seconds of the epoch."""
+    with Client(target) as client:
+        sampling = {"max_tokens": 1, "ignore_eos": True, "temperature": 0}
+        for _ in client.generate("\n", sampling, model=run_name, timeout_s=_FIRST_TOKEN_LIMIT_S):
+            pass
+    return time.time()
 
 
 def explain(error: grpc.RpcError, target: str) -> RequestError | RunError:

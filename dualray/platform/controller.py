@@ -34,7 +34,7 @@ from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import phase_at
 from dualray.parallel.rebalancing import Rebalancing
 from dualray.platform.assignment import Assignment
-from dualray.platform.client import Client
+from dualray.platform.client import first_token_at
 from dualray.platform.events import Event, EventLog, Note, StateChange
 from dualray.platform.expert_moves import rebalancing_of, refuse_too_many_copies
 from dualray.platform.metrics import Switch, Yardsticks
@@ -49,7 +49,6 @@ from dualray.schedule.make import make_schedule
 ON_HEAD_NODE = {"node:__internal_head__": 0.001}
 """Pins controller and engine to the head node, which a Kubernetes Service can select."""
 
-_FIRST_REQUEST_LIMIT_S = 120.0
 _LOOK_AFTER_WORKERS_S = 2.0
 
 
@@ -64,7 +63,7 @@ class Controller:
         first = phase_at(self._phases, assignment.first_step)
         self._start = start_of(assignment.run.layout, first, assignment.remembered)
         self._first_phase = first
-        self._placement = assignment.run.experts.placement_after(
+        self._placement, self._forgotten = assignment.run.experts.placement_after(
             assignment.placement, assignment.run.model, self._start.layout
         )
         self._nodes: NodeMap | None = None
@@ -110,8 +109,8 @@ class Controller:
         if self._a.trains:
             refuse_too_many_copies(run, self._start.layout, self._start.choice, gang.infos)
         hosts = [info.node for info in gang.infos]
-        self._nodes, word = run.experts.nodes_of(self._start.layout, hosts)
-        if word:
+        self._nodes, unused = run.experts.nodes_of(self._start.layout, hosts)
+        for word in filter(None, (unused, self._forgotten)):
             self._events.append(Note(word, warning=True))
         gang.start(self._nodes)
         tokenizer_source = self._prepare_tokenizer()
@@ -258,7 +257,7 @@ class Controller:
         step = self._a.first_step if self._training is None else self._training.steps_done
         ray.get(self._engine.serve.remote(step, digest, self._owners(), self._rebalancing()))
         assert self._target is not None
-        first_token = _first_token_at(self._target, run_name=self._a.run.name)
+        first_token = first_token_at(self._target, run_name=self._a.run.name)
         after = gang.pids()
         self._enter(RunState.SERVING)
         self._events.append(
@@ -341,12 +340,3 @@ class Controller:
     def _write_state(self) -> None:
         token = None if self._state.is_final else self._connection.auth_token
         self._a.folder.write_state(self._snapshot() | {"auth_token": token})
-
-
-def _first_token_at(target: str, run_name: str) -> float:
-    """Ask for one token over gRPC as any client would; when it came, seconds of the epoch."""
-    with Client(target) as client:
-        sampling = {"max_tokens": 1, "ignore_eos": True, "temperature": 0}
-        for _ in client.generate("\n", sampling, model=run_name, timeout_s=_FIRST_REQUEST_LIMIT_S):
-            pass
-    return time.time()

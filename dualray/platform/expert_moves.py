@@ -11,7 +11,7 @@ from dualray.actors.gang import Gang
 from dualray.actors.stage_worker import WorkerInfo
 from dualray.errors import ConfigError
 from dualray.parallel.expert_meter import ExpertWork
-from dualray.parallel.layout import Layout
+from dualray.parallel.layout import Layout, holders
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.proposal import Proposal
 from dualray.parallel.rebalancing import Rebalancing, rank_imbalance
@@ -169,6 +169,10 @@ def refuse_too_many_copies(
     layers = min(len(placement.held), stages * max(choice.layers))
     numel = 3 * run.model.hidden_size * run.model.moe_intermediate_size
     copies = most * layers * numel * (dtype.itemsize + max(dtype.itemsize, 4))
+    if run.train.optimizer == "zero1" and layout.replicas * len(holders(layout, schedule, 0)) > 1:
+        # What ZeRO-1 moves lies in a buffer of its own, so homes beside copies exist twice.
+        homes = max(max(counts) for counts in placement.num_homes.values())
+        copies += homes * layers * numel * dtype.itemsize
     others = worker_bytes(choice, situation, schedule)
     if copies + others > memory:
         raise ConfigError(

@@ -153,8 +153,10 @@ def test_a_checkpoints_placement_is_taken_if_it_fits() -> None:
 
     other = _rebalancing().placement
     plain = to_plain(other)
-    assert EXPERTS.placement_after(plain, MODEL, LAYOUT) == other
+    assert EXPERTS.placement_after(plain, MODEL, LAYOUT) == (other, "")
     fewer = replace(EXPERTS, redundant=0)
-    assert fewer.placement_after(plain, MODEL, LAYOUT) == contiguous_placement(MODEL, 4)
-    assert fewer.placement_after(None, MODEL, LAYOUT) == contiguous_placement(MODEL, 4)
+    first, word = fewer.placement_after(plain, MODEL, LAYOUT)
+    assert first == contiguous_placement(MODEL, 4)
+    assert "is forgotten" in word
+    assert fewer.placement_after(None, MODEL, LAYOUT) == (first, "")
     assert np.all(np.array(fewer.first_placement(MODEL, LAYOUT).slots(1)) == 4)

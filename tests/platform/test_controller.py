@@ -126,7 +126,7 @@ def gang(monkeypatch) -> FakeGang:
 def ray(monkeypatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setattr(module, "ray", fake)
-    monkeypatch.setattr(module, "_first_token_at", lambda target, run_name: 1e12)
+    monkeypatch.setattr(module, "first_token_at", lambda target, run_name: 1e12)
     monkeypatch.setattr(module, "_LOOK_AFTER_WORKERS_S", 0.0)
     return fake
 
