@@ -25,14 +25,13 @@ class ServingBalancer:
 
     async def before_step(self) -> None:
         """A step is to come. Raises what Ray raises if a worker is lost."""
-        if self._steps == self.rebalancing.every:
-            self._steps = 0
+        if self._steps and self._steps % self.rebalancing.every == 0:
             await self._look()
         self._steps += 1
 
     async def _look(self) -> None:
         works = await asyncio.gather(*(w.expert_work.remote() for w in self._workers))
-        proposal = self.rebalancing.saw(works, steps=self.rebalancing.every)
+        proposal = self.rebalancing.saw(works, step=self._steps, steps=self.rebalancing.every)
         if proposal is None or not proposal.adopt:
             return
         moved = await asyncio.gather(

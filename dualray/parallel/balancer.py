@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from dualray.parallel.candidates import Ranks, candidates
 from dualray.parallel.expert_moves import MoveCost, moves_between
-from dualray.parallel.load_forecast import LoadForecast, SpeedForecast
+from dualray.parallel.load_forecast import LatestSpeeds, LoadForecast
 from dualray.parallel.placement import Floats, policy_note
 from dualray.parallel.proposal import LayerChange, Proposal
 from dualray.parallel.settle import Contents, with_homes
@@ -61,8 +61,8 @@ class Balancer:
         speed_tolerance: float = SPEED_TOLERANCE,
     ) -> None:
         """slots, nodes: of every expert rank; all nodes equal, or num_groups 1, places experts
-        without regard to nodes. num_groups: the model's n_group. decay: of the moving averages.
-        min_gain: share of a layer's time that a change must save.
+        without regard to nodes. num_groups: the model's n_group. decay: of the moving average of
+        loads. min_gain: share of a layer's time that a change must save.
         """
         assert len(slots) == len(nodes)
         self.note = policy_note(num_groups, len(set(nodes))) if num_groups > 1 else ""
@@ -70,13 +70,13 @@ class Balancer:
         self._num_groups = num_groups
         self._min_gain, self._tolerance = min_gain, speed_tolerance
         self._loads = LoadForecast(decay=decay)
-        self._speeds = SpeedForecast(len(slots), decay=decay)
+        self._speeds = LatestSpeeds(len(slots))
 
     def observe(
         self, loads: Mapping[int, ArrayLike], rows_per_s: Sequence[float | None] | None = None
     ) -> None:
-        """Take in one step: tokens per expert [E] by layer, and the rows a second of each rank in
-        a forward pass (None for one that had none to measure).
+        """Take in one step: tokens per expert [E] by layer, and what is known by now of the rows
+        a second of each rank in a forward pass (None for one that had none to measure).
 
         Raises RunError for numbers that cannot be; nothing of the step is then taken in.
         """
@@ -135,7 +135,7 @@ class Balancer:
     ) -> tuple[LayerChange, ExpertPlacement]:
         held, num_homes = with_homes(contents, placement.home_ranks(layer))
         new = ExpertPlacement(held={layer: held}, num_homes={layer: num_homes})
-        moves = moves_between(placement, new, layer, ranks.nodes)
+        moves = moves_between(placement, new, layer)
         before, after = (
             float((rank_loads(load_E, parts) / ranks.speeds).max())
             for parts in (placement.held[layer], held)

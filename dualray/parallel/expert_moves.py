@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dualray.errors import ConfigError
@@ -17,7 +17,7 @@ class ExpertMove:
     layer: int
     expert: int
     source: int
-    """Expert rank that has what travels; for a home's state, the rank of the old home."""
+    """Expert rank of the old home."""
     target: int
     weights: bool
     """Weights travel: the target had no copy."""
@@ -33,6 +33,8 @@ class MoveCost:
     """Weights of one expert of one layer."""
     state_bytes: int
     """Master weights and both moments of one expert of one layer."""
+    sharers: int = 1
+    """Mirrors and replicas that state is cut over: each moves its part of it, and all weights."""
     bytes_per_s: float
     """That a rank sends or receives, above 0; ranks move at the same time."""
     overhead_s: float = 0.0
@@ -59,46 +61,35 @@ class MoveCost:
         """Until the busiest rank has sent and received its part, without the overhead."""
         sent, received = Counter[int](), Counter[int]()
         for move in moves:
-            sent[move.source] += self._size(move)
-            received[move.target] += self._size(move)
-        return max([*sent.values(), *received.values()], default=0) / self.bytes_per_s
+            # In units of a sharer's part, so that sums stay exact.
+            size = self.weight_bytes * self.sharers * move.weights + self.state_bytes * move.state
+            sent[move.source] += size
+            received[move.target] += size
+        most = max([*sent.values(), *received.values()], default=0)
+        return most / self.sharers / self.bytes_per_s
 
     def _size(self, move: ExpertMove) -> int:
         return self.weight_bytes * move.weights + self.state_bytes * move.state
 
 
-def moves_between(
-    old: ExpertPlacement, new: ExpertPlacement, layer: int, nodes: Sequence[int]
-) -> list[ExpertMove]:
-    """Moves of `layer` from `old` to `new`, by target and expert.
-
-    `nodes` are the ranks' nodes. Weights come from the home if its state travels anyhow, else
-    from a copy on the target's own node if there is one, else from the home.
-    """
-    holders: dict[int, list[int]] = {}
-    for rank, experts in enumerate(old.held[layer]):
-        for expert in experts:
-            holders.setdefault(expert, []).append(rank)
+def moves_between(old: ExpertPlacement, new: ExpertPlacement, layer: int) -> list[ExpertMove]:
+    """Moves of `layer` from `old` to `new`, by target and expert. All come from the old home."""
     homes = old.home_ranks(layer)
     moves = []
-    for target, experts in enumerate(new.held[layer]):
+    for target, (before, after) in enumerate(zip(old.held[layer], new.held[layer], strict=True)):
         settled = set(new.homes(layer, target))
-        for expert in sorted(experts):
-            home = homes[expert]
-            state = expert in settled and home != target
-            weights = target not in holders[expert]
-            if not (state or weights):
-                continue
-            near = [rank for rank in holders[expert] if nodes[rank] == nodes[target]]
-            source = home if state or home in near or not near else near[0]
-            moves.append(
-                ExpertMove(
-                    layer=layer,
-                    expert=expert,
-                    source=source,
-                    target=target,
-                    weights=weights,
-                    state=state,
+        for expert in sorted(after):
+            state = expert in settled and homes[expert] != target
+            weights = expert not in before
+            if state or weights:
+                moves.append(
+                    ExpertMove(
+                        layer=layer,
+                        expert=expert,
+                        source=homes[expert],
+                        target=target,
+                        weights=weights,
+                        state=state,
+                    )
                 )
-            )
     return moves

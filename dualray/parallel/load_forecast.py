@@ -1,4 +1,5 @@
-"""What the next steps' loads and ranks' speeds will be: moving averages of the measured ones.
+"""What the next steps' loads and ranks' speeds will be: loads as moving averages of the measured
+ones, speeds as they were fitted last.
 
 The averages start without a bias towards zero: they are divided by the weight that they have
 gathered so far (as Adam's moments are). E experts, R expert ranks.
@@ -91,19 +92,20 @@ class LoadForecast:
         return load_E
 
 
-class SpeedForecast:
-    """Rows a second of every expert rank, foreseen from the measured ones."""
+class LatestSpeeds:
+    """Rows a second of every expert rank, as they were found last."""
 
-    def __init__(self, num_ranks: int, *, decay: float) -> None:
+    def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
-        self._average = MovingAverage(num_ranks, decay)
+        self._speed_R = np.full(num_ranks, np.nan)
 
     def observe(self, rows_per_s: Sequence[float | None]) -> None:
-        """Take in one step; None for a rank that had no rows to measure.
+        """Ranks are this fast; None for one that had no rows to measure, which keeps its speed.
 
         Raises RunError, and keeps what it had, for speeds that are not above 0 and finite.
         """
-        self._average.add(self.checked(rows_per_s))
+        found_R = self.checked(rows_per_s)
+        self._speed_R = np.where(np.isnan(found_R), self._speed_R, found_R)
 
     def checked(self, rows_per_s: Sequence[float | None]) -> Floats:
         """As float64 [R], NaN for None; raises as `observe` does."""
@@ -128,10 +130,9 @@ class SpeedForecast:
         interchangeable. Unmeasured ranks count as the median of the measured ones, or as
         `otherwise` if there are none.
         """
-        mean_R = self._average.mean()
-        known = ~np.isnan(mean_R)
-        median = float(np.median(mean_R[known])) if known.any() else otherwise
-        return level(np.where(known, mean_R, median), tolerance)
+        known = ~np.isnan(self._speed_R)
+        median = float(np.median(self._speed_R[known])) if known.any() else otherwise
+        return level(np.where(known, self._speed_R, median), tolerance)
 
 
 def level(speed_R: Floats, tolerance: float) -> Floats:

@@ -42,7 +42,7 @@ def settle(
         held_DE[rank, list(experts)] = 1
     saved_DE = np.zeros_like(held_DE)
     for rank, experts in enumerate(old.held[layer]):
-        saved_DE[rank, list(experts)] = cost.weight_bytes
+        saved_DE[rank, list(experts)] = cost.weight_bytes * cost.sharers
         saved_DE[rank, list(old.homes(layer, rank))] += cost.state_bytes
 
     members = [[r for r, node in enumerate(nodes) if node == n] for n in sorted(set(nodes))]

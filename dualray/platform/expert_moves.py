@@ -48,6 +48,8 @@ class ExpertMoves:
         self.placement = placement
         self._layout: Layout | None = None
         self._rebalancing: Rebalancing | None = None
+        self._last_step = run.phases()[-1].end_step
+        self._noted = False
 
     @property
     def remembered(self) -> dict[str, Any]:
@@ -74,12 +76,14 @@ class ExpertMoves:
                 trains=True,
                 has_state=True,
             )
-        proposal = self._rebalancing.saw(works_of(results))
+        left = self._last_step - step
+        proposal = self._rebalancing.saw(works_of(results), step=step, left=left)
         if proposal is not None:
             self._carry_out(proposal, step)
 
     def _carry_out(self, proposal: Proposal, step: int) -> None:
-        note = f"; {proposal.note}" if proposal.note else ""
+        note = f"; {proposal.note}" if proposal.note and not self._noted else ""
+        self._noted = True
         if not proposal.adopt:
             self._events.append(Note(f"experts after step {step}: stay, {proposal.reason}{note}"))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -44,11 +45,11 @@ def placements(draw, num_experts: int, num_ranks: int) -> ExpertPlacement:
 def test_moves_carry_exactly_what_is_missing(old, new) -> None:
     weights = {(rank, e) for rank in range(3) for e in old.held[0][rank]}
     states = {(rank, e) for e, rank in old.home_ranks(0).items()}
-    arrived, handed_over = set(), set()
-    for move in moves_between(old, new, 0, [0, 0, 1]):
+    homes, arrived, handed_over = set(states), set(), set()
+    for move in moves_between(old, new, 0):
         assert move.source != move.target
+        assert (move.source, move.expert) in homes
         if move.weights:
-            assert (move.source, move.expert) in weights
             assert (move.target, move.expert) not in weights | arrived
             arrived.add((move.target, move.expert))
         if move.state:
@@ -61,13 +62,13 @@ def test_moves_carry_exactly_what_is_missing(old, new) -> None:
 
 def test_nothing_moves_to_where_it_is() -> None:
     one = placement(((0, 1), (2,)), ((2, 3), (0,)))
-    assert moves_between(one, one, 0, [0, 0]) == []
+    assert moves_between(one, one, 0) == []
 
 
 def test_a_home_that_moves_to_its_copy_takes_no_weights_along() -> None:
     old = placement(((0, 1), ()), ((2, 3), (0,)))
     new = placement(((1,), (0,)), ((0, 2, 3), ()))
-    (move,) = moves_between(old, new, 0, [0, 1])
+    (move,) = moves_between(old, new, 0)
     assert (move.expert, move.source, move.target, move.weights, move.state) == (
         0,
         0,
@@ -78,20 +79,27 @@ def test_a_home_that_moves_to_its_copy_takes_no_weights_along() -> None:
     assert COST.size([move]) == 12
 
 
-def test_weights_come_from_a_copy_on_the_same_node() -> None:
+def test_weights_come_from_the_old_home() -> None:
     old = placement(((0,), ()), ((1,), ()), ((2,), (0,)), ((3,), ()))
     new = placement(((0,), ()), ((1,), (0,)), ((2,), (0,)), ((3,), (0,)))
-    near_home, near_copy = moves_between(old, new, 0, [0, 0, 1, 1])
-    assert (near_home.source, near_home.target) == (0, 1)
-    assert (near_copy.source, near_copy.target) == (2, 3)
-    assert COST.size([near_home, near_copy]) == 4
-    assert COST.seconds([near_home, near_copy]) == 2 / 100  # at the same time
+    moves = moves_between(old, new, 0)
+    assert [(move.source, move.target) for move in moves] == [(0, 1), (0, 3)]
+    assert COST.size(moves) == 4
+    assert COST.seconds(moves) == 4 / 100
+
+
+def test_sharers_move_a_part_of_the_state_each_and_all_of_the_weights() -> None:
+    old, new = placement(((0, 1), ()), ((2,), ())), placement(((1,), ()), ((2, 0), ()))
+    (move,) = moves_between(old, new, 0)
+    shared = replace(COST, sharers=4)
+    assert shared.seconds([move]) == (2 + 12 / 4) / 100
+    assert shared.size([move]) == COST.size([move]) == 14
 
 
 def test_the_busiest_rank_says_how_long_moving_takes() -> None:
     old = placement(((0, 1), ()), ((2,), ()), ((3,), ()))
     new = placement(((0, 1), ()), ((2,), (0, 1)), ((3,), (0,)))
-    moves = moves_between(old, new, 0, [0, 0, 0])
+    moves = moves_between(old, new, 0)
     # Rank 0 sends three times 2 bytes; rank 1 receives two of them.
     assert COST.seconds(moves) == 6 / 100
     assert COST.seconds([]) == 0.0
@@ -100,7 +108,7 @@ def test_the_busiest_rank_says_how_long_moving_takes() -> None:
 def cost_of(contents, old) -> int:
     held, num_homes = with_homes(contents, old.home_ranks(0))
     new = ExpertPlacement(held={0: held}, num_homes={0: num_homes})
-    return COST.size(moves_between(old, new, 0, [0] * len(held)))
+    return COST.size(moves_between(old, new, 0))
 
 
 @settings(max_examples=100, deadline=None)

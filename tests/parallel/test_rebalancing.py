@@ -17,7 +17,7 @@ from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.experts_config import ExpertsConfig
 from dualray.parallel.layout import Layout
 from dualray.parallel.nodes import NodeMap
-from dualray.parallel.rebalancing import Rebalancing, loads_of, rank_imbalance, rows_per_s_of
+from dualray.parallel.rebalancing import Rebalancing, loads_of, rank_imbalance, times_of
 from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.train_config import TrainConfig
 from dualray.schedule.make import make_schedule
@@ -66,7 +66,7 @@ def skewed_run(rank: int, port: int, moves: bool) -> list:
         found.append((result.loss, rank_imbalance(LAYOUT, works)))
         # Times differ from run to run; every process must decide alike, as the controller does.
         works = [replace(each, seconds={}) for each in works]
-        proposal = rebalancing.saw(works)
+        proposal = rebalancing.saw(works, step=step + 1)
         if moves and proposal is not None and proposal.adopt:
             moved: list = [None] * LAYOUT.world_size
             own = trainer.move_experts(proposal.placement)
@@ -89,20 +89,73 @@ def test_a_skewed_router_is_spread_over_the_workers() -> None:
         assert loss == pytest.approx(wanted, rel=1e-9)
 
 
-def test_looks_come_every_so_many_steps_and_foresee_what_moving_took() -> None:
+def _skewed_works() -> list[ExpertWork]:
+    works = [ExpertWork(slot_rows={1: [900, 700, 30, 20, 10]}, seconds={1: 0.1})]
+    return works + [ExpertWork(slot_rows={1: [10] * 5}, seconds={1: 0.1})] * 3
+
+
+def test_what_moving_took_is_foreseen() -> None:
     rebalancing = _rebalancing(rebalance_every=2, link_bytes_per_s=1.0)
-    placement = rebalancing.placement
-    rows = {1: [900, 700, 30, 20, 10]}
-    works = [ExpertWork(slot_rows=rows, seconds={1: 0.1})]
-    works += [ExpertWork(slot_rows={1: [10] * 5}, seconds={1: 0.1})] * 3
-    assert rebalancing.saw(works) is None
-    proposal = rebalancing.saw(works)
+    placement, works = rebalancing.placement, _skewed_works()
+    assert rebalancing.saw(works, step=1) is None
+    proposal = rebalancing.saw(works, step=2)
     assert proposal is not None
     # At a byte a second nothing is worth moving.
     assert not proposal.adopt
     assert "not worth moving" in proposal.reason
     rebalancing.moved(placement, [Moved(layers=(1,), received_bytes=10**12, seconds=0.1)])
-    assert rebalancing.saw(works, steps=2).adopt
+    proposal = rebalancing.saw(works, step=4, steps=2)
+    assert proposal.adopt
+    # A migration that took long and moved little: so will the next one, whatever it moves.
+    rebalancing = _rebalancing(rebalance_every=2)
+    rebalancing.moved(placement, [Moved(layers=(1,), received_bytes=0, seconds=20.0)])
+    rebalancing.saw(works, step=1)
+    proposal = rebalancing.saw(works, step=2)
+    assert not proposal.adopt
+    assert "and take 20 s to move" in proposal.reason
+
+
+@pytest.mark.parametrize(
+    ("first", "looks"),
+    [
+        (1, [4, 8]),
+        (7, [8]),
+        (8, [9, 12]),  # nothing is decided from one step
+        (10, [12, 16]),  # a resumed run looks when the first one would have
+    ],
+)
+def test_looks_come_at_multiples_of_the_runs_steps(first, looks) -> None:
+    rebalancing = _rebalancing(rebalance_every=4)
+    steps = range(first, looks[-1] + 1)
+    seen = [step for step in steps if rebalancing.saw(_skewed_works(), step=step) is not None]
+    assert seen == looks
+
+
+def test_a_multiple_that_nobody_saw_is_made_up_for() -> None:
+    rebalancing = _rebalancing(rebalance_every=4)
+    steps = [1, 2, 3, 5, 6, 7, 9]
+    seen = [step for step in steps if rebalancing.saw(_skewed_works(), step=step) is not None]
+    assert seen == [5, 9]
+
+
+def test_what_is_gained_is_gained_until_the_run_ends() -> None:
+    for left, adopt in ((None, True), (10, True), (1, False), (0, False)):
+        # Moving takes 35 ms and saves 28 ms a step.
+        rebalancing = _rebalancing(rebalance_every=4, link_bytes_per_s=1e6)
+        rebalancing.saw(_skewed_works(), step=3, left=left)
+        assert rebalancing.saw(_skewed_works(), step=4, left=left).adopt is adopt
+
+
+def test_state_is_divided_over_the_copies_of_an_expert() -> None:
+    layout = Layout(pipeline=2, experts=4, replicas=3, schedule="dualpipe")
+    rebalancing = Rebalancing(
+        EXPERTS, MODEL, layout, make_schedule("dualpipe", 2, 4),
+        EXPERTS.first_placement(MODEL, layout),
+        nodes=None, dtype=torch.float64, trains=True, has_state=True,
+    )  # fmt: skip
+    alone, cost = _rebalancing()._cost(), rebalancing._cost()
+    assert (alone.sharers, cost.sharers) == (1, 2 * 3)
+    assert cost.state_bytes == alone.state_bytes
 
 
 def test_what_workers_did_is_told_by_expert_and_by_rank() -> None:
@@ -115,10 +168,14 @@ def test_what_workers_did_is_told_by_expert_and_by_rank() -> None:
         ExpertWork(slot_rows={1: [0, 0, 0]}, seconds={1: 1.0}),
     ]
     assert loads_of(placement, layout, works)[1].tolist() == [5 + 1 + 3, 6 + 1, 7 + 1, 2]
-    assert rows_per_s_of(layout, works) == pytest.approx([9.0, 2.0])  # rank 3 had no rows
+    times = times_of(layout, [1], works)
+    # The mean of what was timed: rank 2 was not, and rank 3 had no rows.
+    assert (times.rows_LR.tolist(), times.seconds_LR.tolist()) == ([[18, 6]], [[2, 3]])
+    windows = times_of(layout, [0, 1], works, steps=2)
+    assert windows.rows_LR.tolist() == [[0, 0], [9, 3]]
     assert rank_imbalance(layout, works) == {1: 20 * 2 / 26}
     nobody = [ExpertWork(slot_rows={1: [0, 0, 0]}, seconds={1: 0.0})] * 4
-    assert rows_per_s_of(layout, nobody) == [None, None]
+    assert not times_of(layout, [1], nobody).rows_LR.any()
     assert rank_imbalance(layout, nobody) == {}
 
 
@@ -127,10 +184,12 @@ def test_impossible_loads_are_refused_and_nothing_is_taken_in() -> None:
     works = [ExpertWork(slot_rows={1: [5, 5, 5, 5, 5]}, seconds={1: 1.0})] * 4
     broken = [replace(works[0], slot_rows={1: [-50, 5, 5, 5, 5]}), *works[1:]]
     with pytest.raises(RunError, match="layer 1"):
-        rebalancing.saw(broken)
-    first = rebalancing.saw(works)
-    assert first is not None
-    assert first.imbalance_before == _rebalancing(rebalance_every=1).saw(works).imbalance_before
+        rebalancing.saw(broken, step=1)
+    for seconds in (-1.0, float("nan"), float("inf")):
+        stopped = [replace(works[0], seconds={1: seconds}), *works[1:]]
+        with pytest.raises(RunError, match=f"rank 0 was measured to compute for {seconds} s"):
+            rebalancing.saw(stopped, step=1)
+    assert rebalancing.saw(works, step=1) == _rebalancing(rebalance_every=1).saw(works, step=1)
 
 
 def test_nodes_come_from_the_workers_hosts_or_from_the_run_file() -> None:

@@ -172,7 +172,7 @@ class _Worker:
                 continue
             # Every process decides for itself, and all alike, since all know what each has done.
             works = _gather(ExpertWork(slot_rows=result.slot_rows, seconds=computed_s), self.layout)
-            proposal = self.rebalancing.saw(works)
+            proposal = self.rebalancing.saw(works, step=number + 1)
             if proposal is None:
                 continue
             looks.append(proposal)
