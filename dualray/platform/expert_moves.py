@@ -46,7 +46,7 @@ class ExpertMoves:
         self._run, self._gang, self._events, self._log = run, gang, events, log
         self._nodes = nodes
         self.placement = placement
-        self._layout: Layout | None = None
+        self._divided: tuple[Layout, int] | None = None
         self._rebalancing: Rebalancing | None = None
         self._last_step = run.phases()[-1].end_step
         self._noted = False
@@ -61,12 +61,14 @@ class ExpertMoves:
     ) -> None:
         """A step is done, in this layout; perhaps experts move.
 
-        Another schedule divides rows among other workers, so what was foreseen is forgotten.
+        Another schedule divides rows among other workers, or into another number of forwards, so
+        what was foreseen is forgotten.
         """
         if not self._run.experts.rebalance_every:
             return
-        if self._rebalancing is None or layout != self._layout:
-            self._layout = layout
+        divided = layout, schedule.num_micro_batches
+        if self._rebalancing is None or divided != self._divided:
+            self._divided = divided
             self._rebalancing = rebalancing_of(
                 self._run,
                 layout,

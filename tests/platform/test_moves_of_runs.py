@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dualray.actors.gang import WorkerLostError
 from dualray.actors.stage_worker import WorkerInfo
 from dualray.errors import ConfigError
 from dualray.parallel.expert_groups import Moved
+from dualray.parallel.nodes import NodeMap
 from dualray.parallel.slots import from_plain
 from dualray.parallel.step_result import StepResult
 from dualray.platform.events import EventLog, Note
@@ -59,10 +61,14 @@ def results(run: RunFile, hot: float) -> list[StepResult]:
     ]  # fmt: skip
 
 
-def moves(run: RunFile, gang: FakeGang, tmp_path: Path):
+def moves(run: RunFile, gang: FakeGang, tmp_path: Path, nodes: NodeMap | None = None):
     log, events = MetricsLog.create(tmp_path / "metrics.jsonl"), EventLog()
     placement = run.experts.first_placement(run.model, run.layout)
-    return ExpertMoves(run, gang, events, log, placement=placement, nodes=None), events
+    return ExpertMoves(run, gang, events, log, placement=placement, nodes=nodes), events
+
+
+def notes_of(events: EventLog) -> list[str]:
+    return [event.text for event in events.read(0, 0.0) if isinstance(event, Note)]
 
 
 def schedule_of(run: RunFile):
@@ -82,12 +88,70 @@ def test_experts_move_when_it_pays_and_the_run_says_so(tmp_path: Path) -> None:
     [moved] = read_metrics(tmp_path / "metrics.jsonl").migrations
     assert (moved.step, moved.num_bytes, moved.seconds) == (2, 6000, 0.1)
     assert moved.imbalance_after < 1.2 < moved.imbalance_before
-    [note] = [event.text for event in events.read(0, 0.0) if isinstance(event, Note)]
+    [note] = notes_of(events)
     assert note.startswith("experts after step 2: ")
     # Balanced loads give no reason to move again, and that is said too.
     for step in (3, 4):
         experts.after(results(run, 1.0), step, run.layout, schedule_of(run))
     assert len(gang.placements) == 1
+
+
+def test_a_resumed_run_looks_when_the_first_one_would_have(tmp_path: Path) -> None:
+    run = run_of(tmp_path, rebalance_every=100)
+    run = replace(run, train=replace(run.train, steps=1000))
+    gang = FakeGang()
+    experts, events = moves(run, gang, tmp_path)
+    for step in range(195, 200):
+        experts.after(results(run, 3.0), step, run.layout, schedule_of(run))
+    assert not notes_of(events)
+    experts.after(results(run, 3.0), 200, run.layout, schedule_of(run))
+    [note] = notes_of(events)
+    assert note.startswith("experts after step 200: ")
+    assert "in 100 steps" in note
+
+
+def test_with_other_micro_batches_what_was_foreseen_is_forgotten(tmp_path: Path) -> None:
+    run = run_of(tmp_path, rebalance_every=4)
+    run = replace(run, train=replace(run.train, steps=100))
+    experts, events = moves(run, FakeGang(), tmp_path)
+    for step in (1, 2, 3):
+        experts.after(results(run, 3.0), step, run.layout, schedule_of(run))
+    other = make_schedule(run.layout.schedule, run.layout.pipeline, 8)
+    experts.after(results(run, 1.0), 4, run.layout, other)
+    assert not notes_of(events)  # one step is not enough
+    experts.after(results(run, 1.0), 5, run.layout, other)
+    [note] = notes_of(events)
+    assert note.startswith("experts after step 5: stay, no layer would be faster")
+
+
+def test_a_gain_lasts_no_longer_than_the_run(tmp_path: Path) -> None:
+    run = run_of(tmp_path, rebalance_every=3)
+    experts, events = moves(run, FakeGang(), tmp_path)
+    for step in (1, 2, 3):
+        experts.after(results(run, 3.0), step, run.layout, schedule_of(run))
+    [note] = notes_of(events)
+    assert run.train.steps == 4
+    assert "in 1 steps" in note
+
+
+def test_what_is_to_know_about_nodes_is_said_once(tmp_path: Path) -> None:
+    run = run_of(tmp_path, rebalance_every=1)
+    run = replace(
+        run, model=replace(run.model, n_routed_experts=12, n_group=3), train=replace(
+            run.train, steps=100)
+    )  # fmt: skip
+    experts, events = moves(run, FakeGang(), tmp_path, NodeMap.of([0, 1]))
+    for step in (1, 2, 3):
+        each = [
+            replace(result, slot_rows=dict.fromkeys(run.model.moe_layers, [100] * 6))
+            for result in results(run, 1.0)
+        ]
+        experts.after(each, step, run.layout, schedule_of(run))
+    notes = notes_of(events)
+    assert len(notes) == 3
+    assert ["n_group 3 is not divisible by 2 nodes" in note for note in notes] == [
+        True, False, False
+    ]  # fmt: skip
 
 
 def test_without_a_period_nothing_is_looked_at(tmp_path: Path) -> None:
