@@ -28,6 +28,8 @@ TRAIN = TrainConfig(
     optimizer="adamw", dtype="float64", balance="none",
 )  # fmt: skip
 LAYOUT = Layout(pipeline=1, experts=4, schedule="1f1b")
+OVERHEAD = 20_000
+"""Rows: an expert rank has 6144 a layer and step on average."""
 EXPERTS = ExpertsConfig(redundant=4, rebalance_every=3, link_bytes_per_s=1e15, min_gain=0.0)
 
 
@@ -64,8 +66,12 @@ def skewed_run(rank: int, port: int, moves: bool) -> list:
             result.loads
         )
         found.append((result.loss, rank_imbalance(LAYOUT, works)))
-        # Times differ from run to run; every process must decide alike, as the controller does.
-        works = [replace(each, seconds={}) for each in works]
+        # Times differ from run to run; every process must decide alike, as the controller does. As
+        # long as these take, the overloaded rank would look twice as fast without its overhead.
+        works = [
+            replace(each, seconds={k: (sum(v) + OVERHEAD) / 1e6 for k, v in each.slot_rows.items()})
+            for each in works
+        ]
         proposal = rebalancing.saw(works, step=step + 1)
         if moves and proposal is not None and proposal.adopt:
             moved: list = [None] * LAYOUT.world_size
