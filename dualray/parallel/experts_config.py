@@ -34,7 +34,7 @@ class ExpertsConfig:
     min_gain: float = 0.02
     """Share of the experts' time that a new placement must be foreseen to save."""
     link_bytes_per_s: float = 1e9
-    """Rate at which weights move between workers, until a migration has measured it."""
+    """Rate at which weights move between workers, until migrations have measured it."""
     dispatch: str = "auto"
     """`flat` sends a row for every choice; `node_limited` sends a token to a node once and fans it
     out there; `auto` is node_limited where the expert ranks of a stage are on several nodes."""
