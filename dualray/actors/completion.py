@@ -34,7 +34,8 @@ class Delta:
 class Completion:
     """A stream of deltas; iterate it to its end, or cancel it.
 
-    The engine's side calls `take` and `end`.
+    The engine's side calls `take` and `fail`, and notes when what happened: `started_ns` is the
+    first step that ran the request. Nanoseconds of the monotonic clock, None before.
     """
 
     def __init__(
@@ -47,6 +48,9 @@ class Completion:
         self.request = request
         self.weights = weights
         self.arrived_ns = time.monotonic_ns()
+        self.started_ns: int | None = None
+        self.first_token_ns: int | None = None
+        self.last_token_ns: int | None = None
         self.timer: asyncio.TimerHandle | None = None
         self._text = text
         self._on_cancel = on_cancel

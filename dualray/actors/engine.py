@@ -15,15 +15,16 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from enum import StrEnum
 
 from dualray.actors.completion import Completion, Weights
+from dualray.actors.metrics import EngineMetrics, EngineStats
 from dualray.data.tokenizer import Tokenizer
 from dualray.inference.detokenizer import IncrementalText
 from dualray.inference.plan import Owner, Sampled, StepPlan
 from dualray.inference.request import (
     DeadlineError,
+    FinishReason,
     NotServingError,
     NoWeightsError,
     Request,
@@ -60,27 +61,6 @@ class EngineState(StrEnum):
 _ENDED = (EngineState.FAILED, EngineState.STOPPED)
 
 
-@dataclass(kw_only=True)
-class EngineStats:
-    """Counters since the engine started. Times in nanoseconds."""
-
-    num_succeeded: int = 0
-    succeeded_ns: int = 0
-    num_failed: int = 0
-    """Cancelled and expired requests included."""
-    failed_ns: int = 0
-    num_started: int = 0
-    queued_ns: int = 0
-    """Between arrival and the first step that ran the request."""
-    num_steps: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    last_finished_ms: int = 0
-    """Milliseconds since the epoch."""
-    first_token_unix_s: float | None = None
-    """When the first token since `serve` was handed out, in seconds since the epoch."""
-
-
 class Engine:
     """Turns requests into steps and steps into text. Use from one event loop only."""
 
@@ -98,6 +78,7 @@ class Engine:
         self.model_name = model_name
         self.limits = limits
         self.stats = EngineStats()
+        self.metrics = EngineMetrics(model_name)
         self.state = EngineState.NO_WEIGHTS
         self.weights = Weights(training_step=0, digest="")
         self.tokenizer = tokenizer
@@ -198,6 +179,7 @@ class Engine:
         completion.timer = loop.call_at(deadline, self._expire, deadline)
         self._completions[request.request_id] = completion
         self.stats.prompt_tokens += len(prompt_ids)
+        self.metrics.show_load(self.scheduler)
         self._idle.clear()
         self._wake.set()
         return completion
@@ -223,6 +205,7 @@ class Engine:
                 await self._wake.wait()
                 continue
             self._note_started(plan)
+            self.metrics.show_load(self.scheduler)
             try:
                 if self._before_step is not None:
                     await self._before_step()
@@ -240,6 +223,7 @@ class Engine:
             self._hand_out(results)
 
     def _hand_out(self, results: list[Sampled]) -> None:
+        now_ns = time.monotonic_ns()
         for sampled in results:
             if math.isnan(sampled.logprob):
                 self._drop(
@@ -252,20 +236,23 @@ class Engine:
         for progress in self.scheduler.apply(results):
             completion = self._completions[progress.request_id]
             self.stats.generation_tokens += 1
+            self.metrics.add_token(completion, now_ns)
             if self.stats.first_token_unix_s is None:
                 self.stats.first_token_unix_s = time.time()
-            if completion.take(progress) is not None:
+            finish = completion.take(progress)
+            if finish is not None:
                 self.scheduler.remove(progress.request_id)
-                self._forget(completion, succeeded=True)
+                self._forget(completion, finish)
 
     def _note_started(self, plan: StepPlan) -> None:
         now = time.monotonic_ns()
         for sequences in plan.owners.values():
             for sequence in sequences:
-                if sequence.first_position == 0:
+                completion = self._completions[sequence.request_id]
+                if completion.started_ns is None:
+                    completion.started_ns = now
                     self.stats.num_started += 1
-                    arrived = self._completions[sequence.request_id].arrived_ns
-                    self.stats.queued_ns += now - arrived
+                    self.stats.queued_ns += now - completion.arrived_ns
 
     def _cancel(self, completion: Completion) -> None:
         self._drop(completion.request.request_id, None)
@@ -287,7 +274,8 @@ class Engine:
         self.scheduler.remove(request_id)
         completion = self._completions.get(request_id)
         if completion is not None:
-            self._forget(completion, succeeded=False)
+            by_caller = error is None or isinstance(error, DeadlineError)
+            self._forget(completion, FinishReason.ABORT if by_caller else FinishReason.ERROR)
             if error is not None:
                 completion.fail(error)
 
@@ -295,12 +283,15 @@ class Engine:
         for request_id in list(self._completions):
             self._drop(request_id, error)
 
-    def _forget(self, completion: Completion, *, succeeded: bool) -> None:
+    def _forget(self, completion: Completion, reason: FinishReason) -> None:
         del self._completions[completion.request.request_id]
         if completion.timer is not None:
             completion.timer.cancel()
-        took_ns = time.monotonic_ns() - completion.arrived_ns
-        if succeeded:
+        now_ns = time.monotonic_ns()
+        took_ns = now_ns - completion.arrived_ns
+        self.metrics.end(completion, reason, now_ns)
+        self.metrics.show_load(self.scheduler)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.stats.num_succeeded += 1
             self.stats.succeeded_ns += took_ns
         else:

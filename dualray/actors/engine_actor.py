@@ -13,7 +13,9 @@ from typing import Any
 from dualray.actors.balancer import ServingBalancer
 from dualray.actors.completion import Weights
 from dualray.actors.engine import Engine, EngineState
+from dualray.actors.grpc_security import OwnAccess
 from dualray.actors.grpc_server import InferenceServer
+from dualray.actors.metrics import MetricsServer
 from dualray.data.tokenizer import Tokenizer
 from dualray.inference.plan import Owner, Sampled, StepPlan
 from dualray.inference.scheduler import Limits
@@ -47,14 +49,30 @@ class EngineActor:
         )
         self._balancer: ServingBalancer | None = None
         self._server: InferenceServer | None = None
+        self._metrics = MetricsServer(self._engine.metrics)
+        self._metrics_target: str | None = None
 
     async def start(self) -> str:
-        """Listens, not serving yet; returns HOST:PORT. Raises ResourceError for a taken port."""
-        server = InferenceServer(self._engine)
+        """Listens, not serving yet; returns HOST:PORT.
+
+        Raises:
+            ConfigError: a file of the server's security cannot be used.
+            ResourceError: the port is taken.
+        """
+        server = InferenceServer(self._engine, self._config)
         target = await server.start(self._config.host, self._config.port)
         self._server = server
+        if self._config.metrics_port is not None:
+            self._metrics_target = await self._metrics.start(
+                self._config.host, self._config.metrics_port
+            )
         await self._engine.start()
         return target
+
+    async def own_access(self) -> OwnAccess:
+        """How the controller reaches the server, however it is secured."""
+        assert self._server is not None
+        return self._server.own_access
 
     async def serve(
         self,
@@ -76,10 +94,11 @@ class EngineActor:
         await self._engine.drain(EngineState(then))
 
     async def stop(self, grace_s: float = 1.0) -> None:
-        """Ends requests and closes the port."""
+        """Ends requests and closes the ports; the metrics' last, so that they show the end."""
         await self._engine.stop()
         if self._server is not None:
             await self._server.stop(grace_s)
+        await self._metrics.stop()
 
     async def stats(self) -> dict[str, Any]:
         """Counters and the present load, as plain values."""
@@ -89,6 +108,7 @@ class EngineActor:
             "num_running": scheduler.num_running,
             "num_waiting": scheduler.num_waiting,
             "cache_usage": scheduler.cache_usage,
+            "metrics_target": self._metrics_target,
             **asdict(self._engine.weights),
             **asdict(self._engine.stats),
         }

@@ -11,8 +11,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from dualray.actors.engine import Engine, EngineState
+from dualray.actors.grpc_security import OwnAccess, Security
 from dualray.actors.grpc_service import InferenceService
 from dualray.errors import ResourceError
+from dualray.inference.serve_config import ServeConfig
 from dualray.proto import inference_pb2_grpc as pb_grpc
 
 SERVICE = "inference.GRPCInferenceService"
@@ -30,9 +32,23 @@ SERVER_OPTIONS = (
 class InferenceServer:
     """A listening gRPC server; the service's health follows the engine's state."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, config: ServeConfig | None = None) -> None:
+        """Of `config` the security and the message limit count; by default nothing is secured.
+
+        Raises:
+            ConfigError: a certificate, key or tokens file cannot be used.
+        """
+        config = config or ServeConfig()
         self._engine = engine
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._security = Security(config)
+        self._own_access: OwnAccess | None = None
+        self._server = grpc.aio.server(
+            interceptors=self._security.interceptors,
+            options=(
+                *SERVER_OPTIONS,
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+            ),
+        )
         self._health = health.aio.HealthServicer()  # pyrefly: ignore[missing-attribute]
         self._watch: asyncio.Task[None] | None = None
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(engine), self._server)
@@ -49,7 +65,7 @@ class InferenceServer:
         address = f"[{host}]" if ":" in host else host
         _check_free(host, port)
         try:
-            port = self._server.add_insecure_port(f"{address}:{port}")
+            port, self._own_access = self._security.listen(self._server, f"{address}:{port}")
         except RuntimeError as error:  # taken since the check
             raise _taken(host, port) from error
         # "" says that the process answers, the service's name whether it takes requests.
@@ -59,6 +75,12 @@ class InferenceServer:
         self._watch = asyncio.create_task(self._follow_engine(), name="health")
         return f"{address}:{port}"
 
+    @property
+    def own_access(self) -> OwnAccess:
+        """How the run itself reaches this server, once it has started, however it is secured."""
+        assert self._own_access is not None
+        return self._own_access
+
     async def stop(self, grace_s: float) -> None:
         """Refuses new calls, gives running ones `grace_s` seconds, and closes the port."""
         if self._watch is not None:
@@ -67,6 +89,7 @@ class InferenceServer:
                 await self._watch
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+        self._security.close()
 
     async def _follow_engine(self) -> None:
         state = None

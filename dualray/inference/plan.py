@@ -23,6 +23,29 @@ class Owner(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Adjustment:
+    """What changes a token's logits before temperature and cuts, in the order of the fields.
+
+    No token id comes twice in a field.
+    """
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of `seen_ids` and multiplies the others."""
+    seen_ids: tuple[int, ...] = ()
+    """Tokens of prompt and completion."""
+    frequency_penalty: float = 0.0
+    """Taken from a logit once for every time that its token was chosen."""
+    presence_penalty: float = 0.0
+    """Taken from a logit once if its token was chosen at all."""
+    output_counts: tuple[tuple[int, int], ...] = ()
+    """(token id, how often) over the completion; the prompt does not count."""
+    banned_ids: tuple[int, ...] = ()
+    """Ids that must not be chosen (stop tokens before min_tokens)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SampleSpec:
     """How to choose the token after the last one that runs."""
 
@@ -35,8 +58,8 @@ class SampleSpec:
     min_p: float
     logprobs: int | None
     """Alternatives to report; None reports the chosen token's log-probability only."""
-    banned_ids: tuple[int, ...] = ()
-    """Ids that must not be chosen (stop tokens before min_tokens)."""
+    adjust: Adjustment | None = None
+    """None leaves the logits as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,28 +7,37 @@ its neutral value: nothing a caller sets is silently ignored.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from dualray.errors import RequestError
+from dualray.inference.parameter_values import (
+    read_biases,
+    read_bool,
+    read_float,
+    read_float_or,
+    read_int,
+    read_ints,
+    read_optional_int,
+    read_strings,
+    require,
+)
 
 MAX_LOGPROBS = 20
 """Most alternatives per token that a request may ask for (vLLM's limit)."""
 
+MAX_BIASES = 300
+"""Most entries of `logit_bias` (OpenAI's limit)."""
+
 NOT_OFFERED: Mapping[str, Any] = {
     "n": 1,
     "best_of": 1,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
     "prompt_logprobs": None,
-    "logit_bias": None,
     "bad_words": None,
     "allowed_token_ids": None,
     "detokenize": True,
@@ -95,6 +104,14 @@ class SamplingParams:
     """Keeps this many most likely tokens; 0 or -1 keeps all."""
     min_p: float = 0.0
     """Drops tokens below this fraction of the likeliest token's probability, in [0, 1]."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens chosen before, in [-2, 2]; the prompt does not count."""
+    frequency_penalty: float = 0.0
+    """Taken once for every time that the token was chosen before, in [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in prompt or completion, multiplies others; in (0, 2]."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit, in [-100, 100]) before penalties and temperature."""
     seed: int | None = None
     """Makes the choice repeatable; None draws a fresh seed per request."""
     max_tokens: int = 16
@@ -113,31 +130,64 @@ class SamplingParams:
     """Alternatives to report per token; 0 reports the chosen token only."""
 
     def __post_init__(self) -> None:
-        _rule(self.temperature >= 0, "temperature", self.temperature, "must be 0 or more")
-        _rule(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
-        _rule(self.top_k >= -1, "top_k", self.top_k, "must be -1, 0 (all) or more")
-        _rule(0 <= self.min_p <= 1, "min_p", self.min_p, "must lie between 0 and 1")
-        _rule(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
-        _rule(
+        require(self.temperature >= 0, "temperature", self.temperature, "must be 0 or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
+        require(self.top_k >= -1, "top_k", self.top_k, "must be -1, 0 (all) or more")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "must lie between 0 and 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            require(-2 <= value <= 2, name, value, "must lie between -2 and 2")
+        require(
+            0 < self.repetition_penalty <= 2,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "must be above 0 and at most 2",
+        )
+        self._check_bias()
+        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
+        require(
             0 <= self.min_tokens <= self.max_tokens,
             "min_tokens",
             self.min_tokens,
             f"must lie between 0 and max_tokens, which is {self.max_tokens}",
         )
-        _rule(all(self.stop), "stop", list(self.stop), "must not contain an empty string")
-        _rule(
+        require(all(self.stop), "stop", list(self.stop), "must not contain an empty string")
+        require(
             all(i >= 0 for i in self.stop_token_ids),
             "stop_token_ids",
             list(self.stop_token_ids),
             "must not contain a negative id",
         )
         if self.logprobs is not None:
-            _rule(
+            require(
                 0 <= self.logprobs <= MAX_LOGPROBS,
                 "logprobs",
                 self.logprobs,
                 f"must lie between 0 and {MAX_LOGPROBS}",
             )
+
+    def _check_bias(self) -> None:
+        bias = dict(self.logit_bias)
+        size = f"{len(self.logit_bias)} entries long"
+        require(
+            len(self.logit_bias) <= MAX_BIASES,
+            "logit_bias",
+            size,
+            f"must have at most {MAX_BIASES}",
+        )
+        require(
+            len(bias) == len(self.logit_bias),
+            "logit_bias",
+            list(self.logit_bias),
+            "must name a token id once",
+        )
+        require(all(i >= 0 for i in bias), "logit_bias", bias, "must not contain a negative id")
+        require(
+            all(-100 <= b <= 100 for b in bias.values()),
+            "logit_bias",
+            bias,
+            "must have biases between -100 and 100",
+        )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -187,23 +237,20 @@ def check_prompt(prompt_ids: Sequence[int], max_context: int) -> None:
 
 
 def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
-    """Refuses stop token ids that the vocabulary does not have."""
+    """Refuses stop token ids and biased ids that the vocabulary does not have."""
     for token in params.stop_token_ids:
-        _rule(
+        require(
             token < vocab_size,
             "stop_token_ids",
             list(params.stop_token_ids),
             f"must be below the vocabulary size {vocab_size}",
         )
-
-
-def _rule(holds: bool, name: str, value: object, rule: str) -> None:
-    if not holds:
-        raise RequestError(
-            f"sampling_parameters.{name} is {value} and {rule}",
-            hint=f"correct {name}",
-            field=name,
-        )
+    require(
+        all(token < vocab_size for token, _ in params.logit_bias),
+        "logit_bias",
+        dict(params.logit_bias),
+        f"must name ids below the vocabulary size {vocab_size}",
+    )
 
 
 def _neutral(name: str, value: object) -> None:
@@ -227,76 +274,22 @@ def _unknown(name: str) -> RequestError:
     )
 
 
-def _float(name: str, value: object) -> float:
-    number = math.nan
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            number = float(value)
-    _rule(math.isfinite(number), name, value, "must be a finite number")
-    return number
-
-
-def _int(name: str, value: object) -> int:
-    if isinstance(value, str):
-        try:
-            value = int(value)
-        except ValueError:
-            _rule(False, name, repr(value), "must be a whole number")
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
-        value = int(value)
-    _rule(
-        isinstance(value, int) and not isinstance(value, bool),
-        name,
-        value,
-        "must be a whole number",
-    )
-    return value  # type: ignore[return-value]
-
-
-def _optional_int(name: str, value: object) -> int | None:
-    return None if value is None else _int(name, value)
-
-
-def _bool(name: str, value: object) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    _rule(isinstance(value, bool), name, value, "must be true or false")
-    return bool(value)
-
-
-def _strings(name: str, value: object) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    _rule(
-        isinstance(value, list | tuple) and all(isinstance(s, str) for s in value),
-        name,
-        value,
-        "must be a string or a list of strings",
-    )
-    return tuple(value)  # type: ignore[arg-type]
-
-
-def _ints(name: str, value: object) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    _rule(isinstance(value, list | tuple), name, value, "must be a list of token ids")
-    return tuple(_int(name, item) for item in value)  # type: ignore[union-attr]
-
-
 _PARSERS = {
-    "temperature": _float,
-    "top_p": _float,
-    "top_k": _int,
-    "min_p": _float,
-    "seed": _optional_int,
-    "max_tokens": _int,
-    "min_tokens": _int,
-    "stop": _strings,
-    "stop_token_ids": _ints,
-    "ignore_eos": _bool,
-    "include_stop_str_in_output": _bool,
-    "logprobs": _optional_int,
+    "temperature": read_float,
+    "top_p": read_float,
+    "top_k": read_int,
+    "min_p": read_float,
+    "presence_penalty": partial(read_float_or, 0.0),
+    "frequency_penalty": partial(read_float_or, 0.0),
+    "repetition_penalty": partial(read_float_or, 1.0),
+    "logit_bias": read_biases,
+    "seed": read_optional_int,
+    "max_tokens": read_int,
+    "min_tokens": read_int,
+    "stop": read_strings,
+    "stop_token_ids": read_ints,
+    "ignore_eos": read_bool,
+    "include_stop_str_in_output": read_bool,
+    "logprobs": read_optional_int,
 }
 assert set(_PARSERS) == {f.name for f in fields(SamplingParams)}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dualray.inference.adjust import adjust
 from dualray.inference.plan import Sampled, SampleSpec
 
 _MASK = (1 << 64) - 1
@@ -25,18 +26,15 @@ def uniform(seed: int, position: int) -> float:
 def sample(logits_BV: Tensor, rows: Sequence[tuple[str, SampleSpec]]) -> list[Sampled]:
     """Chooses one token per row; `rows` are (request id, how) in the order of the logits.
 
-    Log-probabilities and ranks are those of the logits as they are, before temperature and
-    cuts. A row with NaN comes back with a NaN log-probability, for the caller to fail.
+    Log-probabilities and ranks are those of the logits as they are, before adjustments,
+    temperature and cuts. A row with NaN comes back with a NaN log-probability, for the caller
+    to fail.
     """
     if not rows:
         return []
     compute = torch.promote_types(logits_BV.dtype, torch.float32)
     logprobs_BV = torch.log_softmax(logits_BV, dim=-1, dtype=compute)
-    scores_BV = logprobs_BV
-    if any(spec.banned_ids for _, spec in rows):
-        scores_BV = logprobs_BV.clone()
-        for row, (_, spec) in enumerate(rows):
-            scores_BV[row, list(spec.banned_ids)] = float("-inf")
+    scores_BV = _scores(logits_BV, logprobs_BV, rows)
     chosen_B = scores_BV.argmax(dim=-1)
     drawn = [row for row, (_, spec) in enumerate(rows) if spec.temperature > 0]
     if drawn:
@@ -61,6 +59,23 @@ def sample(logits_BV: Tensor, rows: Sequence[tuple[str, SampleSpec]]) -> list[Sa
             )
         )
     return result
+
+
+def _scores(
+    logits_BV: Tensor, logprobs_BV: Tensor, rows: Sequence[tuple[str, SampleSpec]]
+) -> Tensor:
+    """What tokens are chosen by: log-probabilities, or logits where a request adjusts them.
+
+    The repetition penalty asks for a logit's sign, which log-probabilities have lost.
+    """
+    adjustments = [(row, spec.adjust) for row, (_, spec) in enumerate(rows) if spec.adjust]
+    if not adjustments:
+        return logprobs_BV
+    scores_BV = logprobs_BV.clone()
+    moved = [row for row, a in adjustments if a.logit_bias or a.seen_ids or a.output_counts]
+    scores_BV[moved] = logits_BV[moved].to(scores_BV.dtype)
+    adjust(scores_BV, adjustments)
+    return scores_BV
 
 
 def _draw(scores_BV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from dualray.inference.block_pool import BlockPool, blocks_for
 from dualray.inference.plan import Owner, Sampled, SampleSpec, SequencePlan, StepPlan
 from dualray.inference.request import FinishReason, QueueFullError, Request
+from dualray.inference.token_history import TokenHistory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class _Sequence:
     """Prompt and completion so far."""
     max_length: int
     """Length of prompt plus completion at which it ends."""
+    history: TokenHistory
     num_run: int = 0
     """Tokens whose latents are in the cache, or will be when the current step ends."""
 
@@ -158,6 +160,7 @@ class Scheduler:
             if sequence is None:
                 continue
             sequence.ids.append(sampled.token_id)
+            sequence.history.add(sampled.token_id)
             finish, stop_token = self._finish(sequence, sampled.token_id)
             if finish is not None:
                 self.remove(sampled.request_id)
@@ -197,6 +200,7 @@ class Scheduler:
                 blocks=self._pools[owner].take(count),
                 ids=list(request.prompt_ids),
                 max_length=max_length,
+                history=TokenHistory(request.params, request.prompt_ids),
             )
 
     def _choose_owner(self, num_blocks: int) -> Owner | None:
@@ -249,7 +253,7 @@ class Scheduler:
             top_k=params.top_k,
             min_p=params.min_p,
             logprobs=params.logprobs,
-            banned_ids=banned,
+            adjust=sequence.history.adjustment(banned),
         )
 
 

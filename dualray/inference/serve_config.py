@@ -14,6 +14,9 @@ DEFAULT_CONTEXT = 4096
 MAX_COMPILED = 16
 """Largest batch whose steps can be compiled: more tokens go to their experts in ragged groups,
 which torch.compile does not take in fp32."""
+MIN_MESSAGE_BYTES = 1024
+MAX_MESSAGE_BYTES = 2**31 - 1
+"""gRPC's own largest limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,9 @@ class ServeConfig:
     """Address to listen on; 0.0.0.0 for all."""
     port: int = 50051
     """Port to listen on; 0 takes a free one."""
+    metrics_port: int | None = None
+    """Port on which Prometheus scrapes the engine's metrics over HTTP, at serve.host; 0 takes a
+    free one, None serves none."""
     max_batch: int = 16
     """Sequences that one (replica, expert rank, direction) decodes together."""
     max_context: int | None = None
@@ -42,6 +48,18 @@ class ServeConfig:
     """Requests that may wait before new ones are refused."""
     max_request_s: float = 600.0
     """Longest time in seconds that a request may take, whatever its own deadline says."""
+    max_message_bytes: int = 4 * 1024 * 1024
+    """Most bytes of one message that a client may send; at least 1024."""
+    tls_cert: str | None = None
+    """PEM file with the server's certificate and the chain below it; None serves without TLS.
+    Paths are the head node's. Replaced files count from the next connection on."""
+    tls_key: str | None = None
+    """PEM file with the key of tls_cert, not encrypted."""
+    tls_client_ca: str | None = None
+    """PEM file with authorities, of which one must have signed every client's certificate."""
+    tokens_file: str | None = None
+    """File with a bearer token a line, lines that start with # skipped; every call but health
+    and reflection must carry one. Read again when it changes; None asks for no token."""
 
     def __post_init__(self) -> None:
         for field in ("max_batch", "block_size", "max_waiting"):
@@ -66,6 +84,16 @@ class ServeConfig:
                 f"serve.port is {self.port} and must lie between 0 and 65535",
                 hint="choose a port, or 0 for a free one",
             )
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ConfigError(
+                f"serve.metrics_port is {self.metrics_port} and must lie between 0 and 65535",
+                hint="choose a port, 0 for a free one, or leave it out for no metrics",
+            )
+        if self.metrics_port and self.metrics_port == self.port:
+            raise ConfigError(
+                f"serve.metrics_port and serve.port are both {self.port} and must differ",
+                hint="choose another serve.metrics_port",
+            )
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(
                 f"serve.max_context is {self.max_context} and must hold a prompt token and a "
@@ -82,6 +110,31 @@ class ServeConfig:
             raise ConfigError(
                 f"serve.max_request_s is {self.max_request_s} and must be above 0",
                 hint="set it to a number of seconds such as 600",
+            )
+        self._check_security()
+
+    def _check_security(self) -> None:
+        """What holds without a look at the files, which lie on the machine that serves."""
+        if not MIN_MESSAGE_BYTES <= self.max_message_bytes <= MAX_MESSAGE_BYTES:
+            raise ConfigError(
+                f"serve.max_message_bytes is {self.max_message_bytes} and must lie between "
+                f"{MIN_MESSAGE_BYTES} and {MAX_MESSAGE_BYTES}",
+                hint="leave it out for 4 MiB",
+            )
+        given, missing = "tls_cert", "tls_key"
+        if self.tls_cert is None:
+            given, missing = missing, given
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError(
+                f"serve.{given} is {getattr(self, given)} and serve.{missing} is not given, but "
+                "TLS needs both",
+                hint=f"set serve.{missing} too, or neither",
+            )
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError(
+                f"serve.tls_client_ca is {self.tls_client_ca} and serve.tls_cert is not given, "
+                "but only TLS carries client certificates",
+                hint="set serve.tls_cert and serve.tls_key too",
             )
 
     def limits(self, max_position_embeddings: int) -> Limits:

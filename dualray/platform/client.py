@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from dualray.errors import RequestError, RunError
+from dualray.platform.access import Access
 from dualray.proto import inference_pb2 as pb
 from dualray.proto import inference_pb2_grpc as pb_grpc
 
@@ -84,11 +85,13 @@ class Generation:
 
 
 class Client:
-    """Speaks to one server. Use as a context manager."""
+    """Speaks to one server, as `access` says. Use as a context manager."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, access: Access | None = None) -> None:
+        access = access or Access()
         self.target = target
-        self._channel = grpc.insecure_channel(target)
+        self._channel = access.channel(target)
+        self._metadata = access.metadata
         self._stub = pb_grpc.GRPCInferenceServiceStub(self._channel)
 
     def __enter__(self) -> Client:
@@ -106,7 +109,7 @@ class Client:
         """The model that this server has. Raises RunError if nobody answers."""
         try:
             index = self._stub.RepositoryIndex(
-                pb.RepositoryIndexRequest(), timeout=CONNECT_TIMEOUT_S
+                pb.RepositoryIndexRequest(), timeout=CONNECT_TIMEOUT_S, metadata=self._metadata
             )
         except grpc.RpcError as error:
             raise explain(error, self.target) from error
@@ -133,13 +136,15 @@ class Client:
             "return_num_output_tokens",
         ):
             _add(request, flag, True)
-        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
+        call = self._stub.ModelStreamInfer(
+            iter([request]), timeout=timeout_s, metadata=self._metadata
+        )
         return Generation(call, self.target)
 
 
-def first_token_at(target: str, run_name: str) -> float:
+def first_token_at(target: str, run_name: str, token: str | None = None) -> float:
     """Ask for one token as any client would; when it came, in seconds of the epoch."""
-    with Client(target) as client:
+    with Client(target, Access(token=token)) as client:
         sampling = {"max_tokens": 1, "ignore_eos": True, "temperature": 0}
         for _ in client.generate("\n", sampling, model=run_name, timeout_s=_FIRST_TOKEN_LIMIT_S):
             pass

@@ -257,7 +257,8 @@ class Controller:
         step = self._a.first_step if self._training is None else self._training.steps_done
         ray.get(self._engine.serve.remote(step, digest, self._owners(), self._rebalancing()))
         assert self._target is not None
-        first_token = first_token_at(self._target, run_name=self._a.run.name)
+        own = ray.get(self._engine.own_access.remote())
+        first_token = first_token_at(own.target, self._a.run.name, own.token)
         after = gang.pids()
         self._enter(RunState.SERVING)
         self._events.append(

@@ -15,6 +15,8 @@ def test_defaults_are_vllms():
         None,
     )
     assert (params.stop, params.stop_token_ids, params.ignore_eos) == ((), (), False)
+    assert (params.presence_penalty, params.frequency_penalty) == (0.0, 0.0)
+    assert (params.repetition_penalty, params.logit_bias) == (1.0, ())
 
 
 def test_numbers_may_come_as_strings():
@@ -30,8 +32,31 @@ def test_stop_is_one_string_or_several():
     assert SamplingParams.parse({"stop": None}).stop == ()
 
 
+def test_biases_come_as_an_object_whose_keys_are_strings():
+    params = SamplingParams.parse({"logit_bias": {"7": -100, "0": "2.5"}})
+    assert params.logit_bias == ((7, -100.0), (0, 2.5))
+    most = {str(i): 1 for i in range(300)}
+    assert len(SamplingParams.parse({"logit_bias": most}).logit_bias) == 300
+
+
+def test_null_penalties_are_the_defaults():
+    names = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+    assert SamplingParams.parse(dict.fromkeys(names)) == SamplingParams()
+
+
+def test_bounds_of_penalties_belong_to_them():
+    for values in (
+        {"presence_penalty": -2, "frequency_penalty": "2", "repetition_penalty": 2},
+        {"presence_penalty": 2, "frequency_penalty": -2, "repetition_penalty": 1e-300},
+    ):
+        params = SamplingParams.parse(values)
+        assert params.presence_penalty == float(values["presence_penalty"])
+        assert params.frequency_penalty == float(values["frequency_penalty"])
+        assert params.repetition_penalty == values["repetition_penalty"]
+
+
 def test_parameters_not_offered_pass_with_their_neutral_value():
-    neutral = {"n": 1, "presence_penalty": 0.0, "logit_bias": None, "skip_special_tokens": True}
+    neutral = {"n": 1, "length_penalty": 1.0, "bad_words": None, "skip_special_tokens": True}
     assert SamplingParams.parse(neutral) == SamplingParams()
 
 
@@ -112,10 +137,82 @@ def test_parameters_not_offered_pass_with_their_neutral_value():
             "it to 1.",
         ),
         (
-            {"logit_bias": {"1": 2}},
+            {"presence_penalty": 2.1},
+            "presence_penalty",
+            "sampling_parameters.presence_penalty is 2.1 and must lie between -2 and 2; "
+            "correct presence_penalty.",
+        ),
+        (
+            {"frequency_penalty": -2.5},
+            "frequency_penalty",
+            "sampling_parameters.frequency_penalty is -2.5 and must lie between -2 and 2; "
+            "correct frequency_penalty.",
+        ),
+        (
+            {"frequency_penalty": "much"},
+            "frequency_penalty",
+            "sampling_parameters.frequency_penalty is much and must be a finite number; "
+            "correct frequency_penalty.",
+        ),
+        (
+            {"repetition_penalty": 0},
+            "repetition_penalty",
+            "sampling_parameters.repetition_penalty is 0.0 and must be above 0 and at most "
+            "2; correct repetition_penalty.",
+        ),
+        (
+            {"repetition_penalty": 2.01},
+            "repetition_penalty",
+            "sampling_parameters.repetition_penalty is 2.01 and must be above 0 and at most "
+            "2; correct repetition_penalty.",
+        ),
+        (
+            {"repetition_penalty": float("nan")},
+            "repetition_penalty",
+            "sampling_parameters.repetition_penalty is nan and must be a finite number; "
+            "correct repetition_penalty.",
+        ),
+        (
+            {"logit_bias": [1, 2]},
             "logit_bias",
-            "sampling_parameters.logit_bias is {'1': 2} and this server does not offer "
-            "logit_bias; leave it out or set it to null.",
+            "sampling_parameters.logit_bias is [1, 2] and must be an object of token ids and "
+            "biases; correct logit_bias.",
+        ),
+        (
+            {"logit_bias": {"the": 2}},
+            "logit_bias",
+            "sampling_parameters.logit_bias is 'the' and must be a whole number; correct "
+            "logit_bias.",
+        ),
+        (
+            {"logit_bias": {"1": "inf"}},
+            "logit_bias",
+            "sampling_parameters.logit_bias is inf and must be a finite number; correct "
+            "logit_bias.",
+        ),
+        (
+            {"logit_bias": {"1": 100.5}},
+            "logit_bias",
+            "sampling_parameters.logit_bias is {1: 100.5} and must have biases between -100 "
+            "and 100; correct logit_bias.",
+        ),
+        (
+            {"logit_bias": {"-1": 2}},
+            "logit_bias",
+            "sampling_parameters.logit_bias is {-1: 2.0} and must not contain a negative id; "
+            "correct logit_bias.",
+        ),
+        (
+            {"logit_bias": {"1": 2, "01": 3}},
+            "logit_bias",
+            "sampling_parameters.logit_bias is [(1, 2.0), (1, 3.0)] and must name a token id "
+            "once; correct logit_bias.",
+        ),
+        (
+            {"logit_bias": {str(i): 1 for i in range(301)}},
+            "logit_bias",
+            "sampling_parameters.logit_bias is 301 entries long and must have at most 300; "
+            "correct logit_bias.",
         ),
         (
             {"temprature": 1},
@@ -151,3 +248,13 @@ def test_stop_token_ids_must_be_in_the_vocabulary():
     check_token_ids(SamplingParams(stop_token_ids=(9,)), vocab_size=10)
     with pytest.raises(RequestError, match="must be below the vocabulary size 10"):
         check_token_ids(SamplingParams(stop_token_ids=(3, 10)), vocab_size=10)
+
+
+def test_biased_ids_must_be_in_the_vocabulary():
+    check_token_ids(SamplingParams(logit_bias=((9, 1.0),)), vocab_size=10)
+    with pytest.raises(RequestError) as raised:
+        check_token_ids(SamplingParams(logit_bias=((3, 1.0), (10, -1.0))), vocab_size=10)
+    assert str(raised.value) == (
+        "sampling_parameters.logit_bias is {3: 1.0, 10: -1.0} and must name ids below the "
+        "vocabulary size 10; correct logit_bias."
+    )

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dualray.inference.plan import SampleSpec
+from dualray.inference.plan import Adjustment, SampleSpec
 from dualray.inference.sampler import sample, uniform
 
 
@@ -91,8 +91,9 @@ def test_cuts_keep_what_they_should():
 
 def test_banned_ids_are_never_chosen_and_keep_their_logprob():
     logits = torch.tensor([2.0, 1.0, 0.0])
-    assert draws(logits, banned_ids=(0,)) == {1, 2}
-    (chosen,) = sample(logits[None], [("a", spec(temperature=0.0, banned_ids=(0,), logprobs=1))])
+    assert draws(logits, adjust=Adjustment(banned_ids=(0,))) == {1, 2}
+    ban = Adjustment(banned_ids=(0,))
+    (chosen,) = sample(logits[None], [("a", spec(temperature=0.0, adjust=ban, logprobs=1))])
     assert (chosen.token_id, chosen.rank) == (1, 2)
     assert chosen.top[0] == (0, pytest.approx(torch.log_softmax(logits, 0)[0].item()))
 

@@ -1,10 +1,12 @@
 """The inference scheduler against hand-made steps, and under random traffic."""
 
+import pickle
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualray.inference.plan import Owner, Sampled, StepPlan
+from dualray.inference.plan import Adjustment, Owner, Sampled, StepPlan
 from dualray.inference.request import FinishReason, QueueFullError, Request, SamplingParams
 from dualray.inference.scheduler import Limits, Scheduler, owners
 
@@ -34,6 +36,10 @@ def answer(plan: StepPlan, token: int = 9) -> list[Sampled]:
         for s in sequences
         if s.sample is not None
     ]
+
+
+def adjustment(plan: StepPlan) -> Adjustment | None:
+    return plan.owners[ONE[0]][0].sample.adjust
 
 
 def ids_by_request(plan: StepPlan) -> dict[str, tuple[int, ...]]:
@@ -115,9 +121,68 @@ def test_stop_tokens_are_banned_until_min_tokens():
     scheduler = make()
     scheduler.add(request("a", min_tokens=1, stop_token_ids=(4,)))
     plan = scheduler.plan()
-    assert set(plan.owners[ONE[0]][0].sample.banned_ids) == {EOS, 4}
+    assert set(adjustment(plan).banned_ids) == {EOS, 4}
     scheduler.apply(answer(plan))
-    assert scheduler.plan().owners[ONE[0]][0].sample.banned_ids == ()
+    assert adjustment(scheduler.plan()) is None
+
+
+def test_repetition_sees_the_prompt_and_the_others_the_completion_only():
+    scheduler = make()
+    scheduler.add(request("a", (5, 6, 5), repetition_penalty=1.5, frequency_penalty=0.5))
+    plan = scheduler.plan()
+    assert (adjustment(plan).seen_ids, adjustment(plan).output_counts) == ((5, 6), ())
+    for token in (6, 9, 6):
+        scheduler.apply(answer(plan, token))
+        plan = scheduler.plan()
+    assert adjustment(plan) == Adjustment(
+        repetition_penalty=1.5,
+        seen_ids=(5, 6, 9),
+        frequency_penalty=0.5,
+        output_counts=((6, 2), (9, 1)),
+    )
+
+
+def test_histories_are_not_shared():
+    scheduler = make()
+    scheduler.add(request("a", (1,), presence_penalty=1.0))
+    scheduler.add(request("b", (2,), presence_penalty=1.0))
+    scheduler.plan()
+    scheduler.apply(
+        Sampled(request_id=name, token_id=token, logprob=-1.0, rank=1)
+        for name, token in (("a", 7), ("b", 8))
+    )
+    first, second = scheduler.plan().owners[ONE[0]]
+    assert first.sample.adjust.output_counts == ((7, 1),)
+    assert second.sample.adjust.output_counts == ((8, 1),)
+
+
+def test_a_name_that_comes_again_begins_anew():
+    scheduler = make()
+    scheduler.add(request("a", presence_penalty=1.0))
+    plan = scheduler.plan()
+    scheduler.apply(answer(plan))
+    scheduler.remove("a")
+    scheduler.add(request("a", presence_penalty=1.0))
+    assert adjustment(scheduler.plan()) is None
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0},
+        {"logit_bias": ((5, 0.0),)},
+    ],
+)
+def test_neutral_values_send_nothing(neutral):
+    sizes = []
+    for params in ({}, neutral):
+        scheduler = make()
+        scheduler.add(request("a", **params))
+        scheduler.apply(answer(scheduler.plan()))
+        plan = scheduler.plan()
+        assert adjustment(plan) is None
+        sizes.append(len(pickle.dumps(plan)))
+    assert sizes[0] == sizes[1]
 
 
 def test_cancelling_frees_blocks_at_once_and_drops_what_is_in_flight():

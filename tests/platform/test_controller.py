@@ -15,6 +15,7 @@ from support.runs import losses_of, make_corpus, metrics_of, state_of, write_run
 
 from dualray.actors.cluster import Connection
 from dualray.actors.gang import WorkerLostError
+from dualray.actors.grpc_security import OwnAccess
 from dualray.actors.stage_worker import WorkerInfo
 from dualray.checkpoint.store import find
 from dualray.checkpoint.writer import Piece, write_rank
@@ -96,6 +97,7 @@ class FakeRay:
 
         methods = {"start": start, "serve": lambda *_: None, "stop": lambda: None}
         methods |= {"migrations": lambda: []}
+        methods |= {"own_access": lambda: OwnAccess(target="127.0.0.1:5", token=None)}
         handle = SimpleNamespace(
             **{name: SimpleNamespace(remote=method) for name, method in methods.items()}
         )
@@ -126,7 +128,7 @@ def gang(monkeypatch) -> FakeGang:
 def ray(monkeypatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setattr(module, "ray", fake)
-    monkeypatch.setattr(module, "first_token_at", lambda target, run_name: 1e12)
+    monkeypatch.setattr(module, "first_token_at", lambda target, run_name, token: 1e12)
     monkeypatch.setattr(module, "_LOOK_AFTER_WORKERS_S", 0.0)
     return fake
 

@@ -20,6 +20,7 @@ from dualray.actors.grpc_server import InferenceServer
 from dualray.data.tokenizer import ByteTokenizer
 from dualray.inference.runner import StageRunner, StepRunner
 from dualray.inference.scheduler import Limits, owners
+from dualray.inference.serve_config import ServeConfig
 from dualray.model.moe import LocalDispatch
 
 LIMITS = Limits(num_blocks=64, block_size=4, max_batch=8, max_context=64, max_waiting=8)
@@ -29,7 +30,7 @@ WEIGHTS = Weights(training_step=7, digest="abc123")
 class Served:
     """`plans` are the steps run so far; `fault(plan, sampled)` may change or break a step."""
 
-    def __init__(self, *, max_request_s: float = 60.0) -> None:
+    def __init__(self, *, max_request_s: float = 60.0, security: ServeConfig | None = None) -> None:
         config = tiny_config(vocab_size=257, num_nextn_predict_layers=0)
         stage = StageRunner(
             whole_model(config),
@@ -39,6 +40,7 @@ class Served:
         )
         self._walk = StepRunner(replica=0, expert=0, stages={0: stage})
         self._max_request_s = max_request_s
+        self._security = security
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="served")
         self.plans: list[Any] = []
@@ -57,7 +59,7 @@ class Served:
             max_request_s=self._max_request_s,
             run_step=self._run_step,
         )
-        self.server = InferenceServer(self.engine)
+        self.server = InferenceServer(self.engine, self._security)
         target = await self.server.start("127.0.0.1", 0)
         await self.engine.start()
         return target
