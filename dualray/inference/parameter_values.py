@@ -1,0 +1,95 @@
+"""Sampling parameters out of JSON-like values, where numbers may come as strings.
+
+Every reader takes the parameter's name and its value and raises RequestError, naming both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+from dualray.errors import RequestError
+
+
+def require(holds: bool, name: str, value: object, rule: str) -> None:
+    """Refuses the parameter unless its rule holds."""
+    if not holds:
+        raise RequestError(
+            f"sampling_parameters.{name} is {value} and {rule}",
+            hint=f"correct {name}",
+            field=name,
+        )
+
+
+def read_float(name: str, value: object) -> float:
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+    require(math.isfinite(number), name, value, "must be a finite number")
+    return number
+
+
+def read_int(name: str, value: object) -> int:
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            require(False, name, repr(value), "must be a whole number")
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    require(
+        isinstance(value, int) and not isinstance(value, bool),
+        name,
+        value,
+        "must be a whole number",
+    )
+    return value  # type: ignore[return-value]
+
+
+def read_float_or(default: float, name: str, value: object) -> float:
+    """A finite number; null asks for the default, as vLLM's penalties do."""
+    return default if value is None else read_float(name, value)
+
+
+def read_optional_int(name: str, value: object) -> int | None:
+    return None if value is None else read_int(name, value)
+
+
+def read_bool(name: str, value: object) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    require(isinstance(value, bool), name, value, "must be true or false")
+    return bool(value)
+
+
+def read_strings(name: str, value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    require(
+        isinstance(value, list | tuple) and all(isinstance(s, str) for s in value),
+        name,
+        value,
+        "must be a string or a list of strings",
+    )
+    return tuple(value)  # type: ignore[arg-type]
+
+
+def read_ints(name: str, value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    require(isinstance(value, list | tuple), name, value, "must be a list of token ids")
+    return tuple(read_int(name, item) for item in value)  # type: ignore[union-attr]
+
+
+def read_biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
+    """An object of token ids, which JSON makes strings, and biases."""
+    if value is None:
+        return ()
+    require(isinstance(value, dict), name, value, "must be an object of token ids and biases")
+    return tuple(
+        (read_int(name, token), read_float(name, bias))
+        for token, bias in value.items()  # type: ignore[union-attr]
+    )
