@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from dualray.platform.commands.bench_output import deliver
 
 CORPUS = "python-stdlib"
 
@@ -42,7 +43,7 @@ def balance(
     from dualray.platform.bench import balance as bench
     from dualray.platform.bench.balance_page import render
     from dualray.platform.bench.balance_result import claims, compare_balance, config_dict
-    from dualray.platform.bench.record import append, check_target, new_record
+    from dualray.platform.bench.record import check_target, new_record
     from dualray.platform.report import html
 
     check_target(record)
@@ -55,17 +56,10 @@ def balance(
         rows = compare_balance(workload, folder, on_part=status.update)
         config = config_dict(workload, folder, CORPUS if data is None else str(data))
     line = new_record("balance", config, rows) | {"claims": claims(rows)}
-    if record is not None:
-        append(record, line)
     if out is not None:
         html.write(out, render(line))
-    if as_json:
-        typer.echo(json.dumps(line))
-        return
-    _show(line)
-    if record is not None:
-        typer.echo(f"appended to {record}")
-    if out is not None:
+    deliver(line, record, _show, as_json=as_json)
+    if out is not None and not as_json:
         typer.echo(f"page written to {out}; open it in a browser")
 
 

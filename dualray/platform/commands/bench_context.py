@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from dualray.platform.commands.bench_output import deliver
 
 _TITLES = {"before": "before", "before_with_yarn": "before, with YaRN", "after": "after"}
 
@@ -36,7 +37,7 @@ def context(
     from dualray.checkpoint.store import find
     from dualray.data.dataset import TokenDataset
     from dualray.platform.bench.context import check, compare, readers_of
-    from dualray.platform.bench.record import append, check_target, new_record
+    from dualray.platform.bench.record import check_target, new_record
 
     def opened(checkpoint: Path) -> Reader:
         found = find(checkpoint)
@@ -67,14 +68,7 @@ def context(
         "data_sha256": dataset.data_sha256,
     }
     line = new_record("context", config, rows)
-    if record is not None:
-        append(record, line)
-    if as_json:
-        typer.echo(json.dumps(line))
-        return
-    _show(line)
-    if record is not None:
-        typer.echo(f"appended to {record}")
+    deliver(line, record, _show, as_json=as_json)
 
 
 def _show(line: dict[str, Any]) -> None:

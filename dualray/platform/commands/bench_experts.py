@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from dualray.platform.commands.bench_output import deliver
 
 
 def experts(
@@ -28,7 +29,7 @@ def experts(
     # torch and transformers take seconds to import, which no other command should pay.
     from dualray.platform.bench import experts as bench
     from dualray.platform.bench.hugging_face import import_transformers
-    from dualray.platform.bench.record import append, check_target, new_record
+    from dualray.platform.bench.record import check_target, new_record
 
     check_target(record)
     import_transformers("bench experts")
@@ -36,14 +37,7 @@ def experts(
     with Console(stderr=True).status("") as status:
         results = bench.compare_experts(workload, on_case=status.update)
     line = new_record("experts", bench.config_dict(workload), results)
-    if record is not None:
-        append(record, line)
-    if as_json:
-        typer.echo(json.dumps(line))
-        return
-    _show(line)
-    if record is not None:
-        typer.echo(f"appended to {record}")
+    deliver(line, record, _show, as_json=as_json)
 
 
 def _show(line: dict[str, Any]) -> None:

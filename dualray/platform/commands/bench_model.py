@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from dualray.platform.commands.bench_output import deliver
 
 
 class Dtype(StrEnum):
@@ -44,7 +45,7 @@ def model(
 
     from dualray.platform.bench import model as bench
     from dualray.platform.bench.hugging_face import import_transformers
-    from dualray.platform.bench.record import append, check_target, new_record
+    from dualray.platform.bench.record import check_target, new_record
 
     check_target(record)
     import_transformers()
@@ -63,14 +64,7 @@ def model(
                 on_part=lambda text, name=name: status.update(f"{name}: {text}"),
             )
     line = new_record("model", bench.config_dict(size), rows)
-    if record is not None:
-        append(record, line)
-    if as_json:
-        typer.echo(json.dumps(line))
-        return
-    _show(line)
-    if record is not None:
-        typer.echo(f"appended to {record}")
+    deliver(line, record, _show, as_json=as_json)
 
 
 def _show(line: dict[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from dualray.platform.commands.bench_output import deliver
 
 _LINKS = {"free": "free link", "shaped": "slow link"}
 
@@ -29,21 +30,14 @@ def overlap(
     """
     # torch takes seconds to import, which no other command should pay.
     from dualray.platform.bench import overlap as bench
-    from dualray.platform.bench.record import append, check_target, new_record
+    from dualray.platform.bench.record import check_target, new_record
 
     check_target(record)
     case = bench.QUICK if quick else bench.FULL
     with Console(stderr=True).status("") as status:
         results = bench.compare_overlap(case, on_part=status.update)
     line = new_record("overlap", bench.config_dict(case), results)
-    if record is not None:
-        append(record, line)
-    if as_json:
-        typer.echo(json.dumps(line))
-        return
-    _show(line)
-    if record is not None:
-        typer.echo(f"appended to {record}")
+    deliver(line, record, _show, as_json=as_json)
 
 
 def _show(line: dict[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from dualray.platform.commands.bench_output import deliver
 
 
 def rebalance(
@@ -28,7 +29,7 @@ def rebalance(
     # torch takes seconds to import, which no other command should pay.
     from dualray.platform.bench import rebalance as bench
     from dualray.platform.bench.rebalance_result import compare_rebalance, goals
-    from dualray.platform.bench.record import append, check_target, new_record
+    from dualray.platform.bench.record import check_target, new_record
 
     check_target(record)
     case = bench.QUICK if quick else bench.FULL
@@ -39,14 +40,7 @@ def rebalance(
         "goals": goals(found),
         "load_average": found.load_average,
     }
-    if record is not None:
-        append(record, line)
-    if as_json:
-        typer.echo(json.dumps(line))
-        return
-    _show(line)
-    if record is not None:
-        typer.echo(f"appended to {record}")
+    deliver(line, record, _show, as_json=as_json)
 
 
 def _show(line: dict[str, Any]) -> None:

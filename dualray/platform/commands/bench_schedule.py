@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dualray.errors import ConfigError
+from dualray.platform.commands.bench_output import deliver
 
 MOST_RANKS = 16
 """Each rank is a process that imports torch: 0.3 GB and seconds of a core."""
@@ -47,21 +47,14 @@ def schedule(
     asked = None if ranks is None else parse_ranks(ranks)
     # torch takes seconds to import, which no other command should pay.
     from dualray.platform.bench import schedule as bench
-    from dualray.platform.bench.record import append, check_target, new_record
+    from dualray.platform.bench.record import check_target, new_record
 
     check_target(record)
     workload = bench.QUICK if quick else bench.FULL
     with Console(stderr=True).status("") as status:
         results = bench.compare(workload, asked or workload.ranks, on_part=status.update)
     line = new_record("schedule", bench.config_dict(workload), results)
-    if record is not None:
-        append(record, line)
-    if as_json:
-        typer.echo(json.dumps(line))
-        return
-    _show(line)
-    if record is not None:
-        typer.echo(f"appended to {record}")
+    deliver(line, record, _show, as_json=as_json)
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:

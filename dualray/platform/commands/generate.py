@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dualray.errors import ConfigError, DualrayError
+from dualray.platform.access import read_access
 from dualray.platform.client import Client, Summary
 
 
@@ -27,10 +30,23 @@ def generate_command(
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on after the end")] = False,
     timeout: Annotated[float | None, typer.Option(help="longest time in seconds")] = None,
+    ca: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="authorities to trust; speaks TLS")
+    ] = None,
+    cert: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="this client's certificate")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="PEM", help="the key of --cert")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="its first line is the bearer token")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON for programs")] = False,
 ) -> None:
     """Stream a completion of PROMPT from a served run."""
     check_target(target)
+    # gRPC would print each failed handshake beside the sentence; a user's own setting counts.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    access = read_access(ca, cert, key, token_file)
     sampling = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -42,7 +58,7 @@ def generate_command(
         "ignore_eos": ignore_eos,
     }
     text = sys.stdin.read() if prompt == "-" else prompt
-    with Client(target) as client:
+    with Client(target, access) as client:
         generation = client.generate(text, sampling, timeout_s=timeout)
         if not as_json:
             typer.echo(text, nl=False)
