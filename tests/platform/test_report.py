@@ -26,7 +26,7 @@ from dualray.errors import RunError
 from dualray.parallel.layout import Layout
 from dualray.platform.commands.report import report
 from dualray.platform.loads import LoadsLog, Place
-from dualray.platform.metrics import Switch
+from dualray.platform.metrics import Decided, Switch
 from dualray.platform.metrics_log import MetricsLog, read_metrics
 from dualray.platform.readable import count
 from dualray.platform.report import write_report
@@ -207,6 +207,20 @@ def test_the_page_says_when_and_why_experts_moved(page, run_dir):
     row = ["220", str(len(LAYERS)), "1.93", "1.07", "41.3", "0.62", MOVED.reason]
     cells = "".join(f"<td>{cell}</td>" for cell in row)
     assert cells in (run_dir / "report.html").read_text()
+
+
+def test_the_page_says_what_the_scheduler_decided(tmp_path):
+    folder = bare_run(tmp_path / "a", make_steps(3))
+    layout = "layout: {pipeline: 2, experts: 2, schedule: auto}"
+    (folder / "run.yaml").write_text(f"name: a\n{layout}\n")
+    with MetricsLog.resume(folder / "metrics.jsonl", 3) as log:
+        log.append(
+            Decided(
+                step=2, schedule="dualpipev", layers=(1, 1, 1, 1), micro_batch_size=1,
+                micro_batches=8, step_time_s_before=0.2, step_time_s=0.1, reason="changes",
+            )
+        )  # fmt: skip
+    assert "auto, dualpipev since step 2: 4 workers" in " ".join(page_of(folder).words)
 
 
 def test_replaced_workers_are_not_called_the_same(tmp_path):

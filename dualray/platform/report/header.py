@@ -22,7 +22,11 @@ def facts(run: RunRecord) -> str:
         if layout.replicas > 1:
             grid += f" x {layout.replicas} replicas"
         alone = layout.world_size == 1
-        text = "one worker" if alone else f"{grid}, {layout.schedule}: {layout.world_size} workers"
+        schedule = layout.schedule
+        if run.metrics.decisions:
+            decided = run.metrics.decisions[-1]
+            schedule += f", {decided.schedule} since step {decided.step:,}"
+        text = "one worker" if alone else f"{grid}, {schedule}: {layout.world_size} workers"
         rows.append(("Layout", text))
     corpus = run.state.get("corpus") or run.section("data").get("path")
     if corpus:
