@@ -2,13 +2,14 @@
 
 The order is vLLM's: logit_bias, then the repetition penalty, then frequency and presence, all
 before temperature and cuts. Only the named tokens' logits are touched, so that the work
-grows with what a request has said and not with the vocabulary. B rows, V vocabulary, N
-touched logits.
+grows with what a request has said and not with the vocabulary. B rows, V vocabulary, A
+adjusted rows, N touched logits over all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,37 +23,56 @@ def adjust(logits_BV: Tensor, adjustments: Sequence[tuple[int, Adjustment]]) -> 
     A row's new values depend on that row alone. Finite logits stay finite, but for banned
     tokens, which become -inf.
     """
-    limit = torch.finfo(logits_BV.dtype).max
-    bias = [(row, i, bias) for row, a in adjustments for i, bias in a.logit_bias]
-    if bias:
-        at, bias_N = _cells(logits_BV, bias)
-        logits_BV[at] += bias_N
-    seen = [(row, i, a.repetition_penalty) for row, a in adjustments for i in a.seen_ids]
-    if seen:
-        at, penalty_N = _cells(logits_BV, seen)
-        old_N = logits_BV[at]
+    rows_A, how_A = zip(*adjustments)
+    cells = _Cells(logits_BV, rows_A, [[i for i, _ in a.logit_bias] for a in how_A])
+    if cells:
+        bias_N = cells.values([bias for a in how_A for _, bias in a.logit_bias])
+        logits_BV[cells.at] += bias_N
+
+    cells = _Cells(logits_BV, rows_A, [a.seen_ids for a in how_A])
+    if cells:
+        penalty_N = cells.of_rows([a.repetition_penalty for a in how_A])
+        old_N = logits_BV[cells.at]
         # A tiny penalty would carry a logit beyond the largest number, and inf - inf is NaN.
-        new_N = torch.where(old_N > 0, (old_N / penalty_N).clamp(max=limit), old_N * penalty_N)
-        logits_BV[at] = new_N
-    counts = [
-        (row, i, a.frequency_penalty * count, a.presence_penalty)
-        for row, a in adjustments
-        for i, count in a.output_counts
-    ]
-    if counts:
-        at, frequency_N = _cells(logits_BV, [(row, i, x) for row, i, x, _ in counts])
-        _, presence_N = _cells(logits_BV, [(row, i, x) for row, i, _, x in counts])
-        logits_BV[at] = logits_BV[at] - frequency_N - presence_N
-    banned = [(row, i, 0.0) for row, a in adjustments for i in a.banned_ids]
-    if banned:
-        logits_BV[_cells(logits_BV, banned)[0]] = float("-inf")
+        divided_N = (old_N / penalty_N).clamp(max=torch.finfo(logits_BV.dtype).max)
+        logits_BV[cells.at] = torch.where(old_N > 0, divided_N, old_N * penalty_N)
+
+    cells = _Cells(logits_BV, rows_A, [[i for i, _ in a.output_counts] for a in how_A])
+    if cells:
+        count_N = cells.values([count for a in how_A for _, count in a.output_counts])
+        frequency_N = cells.of_rows([a.frequency_penalty for a in how_A])
+        presence_N = cells.of_rows([a.presence_penalty for a in how_A])
+        logits_BV[cells.at] = logits_BV[cells.at] - frequency_N * count_N - presence_N
+
+    cells = _Cells(logits_BV, rows_A, [a.banned_ids for a in how_A])
+    if cells:
+        logits_BV[cells.at] = float("-inf")
 
 
-def _cells(
-    logits_BV: Tensor, entries: Iterable[tuple[int, int, float]]
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Where (row, token id) point, as an index, and the N values that belong there."""
-    rows, ids, values = zip(*entries)
-    device = logits_BV.device
-    index = (torch.tensor(rows, device=device), torch.tensor(ids, device=device))
-    return index, torch.tensor(values, dtype=logits_BV.dtype, device=device)
+class _Cells:
+    """N logits as an index: the token ids of each adjusted row, one row after the other."""
+
+    def __init__(
+        self, logits_BV: Tensor, rows_A: Sequence[int], ids_A: Sequence[Sequence[int]]
+    ) -> None:
+        self._like = logits_BV
+        self._counts = [len(ids) for ids in ids_A]
+        self._num = sum(self._counts)
+        if self._num:
+            ids_N = torch.tensor(list(chain.from_iterable(ids_A)), device=logits_BV.device)
+            self.at = (self._repeated(torch.tensor(rows_A)), ids_N)
+
+    def __len__(self) -> int:
+        return self._num
+
+    def values(self, values_N: Sequence[float]) -> Tensor:
+        """A number for each logit, in the order of the index."""
+        return torch.tensor(values_N, dtype=self._like.dtype, device=self._like.device)
+
+    def of_rows(self, values_A: Sequence[float]) -> Tensor:
+        """A number for each row, repeated for its logits."""
+        return self._repeated(torch.tensor(values_A, dtype=self._like.dtype))
+
+    def _repeated(self, values_A: Tensor) -> Tensor:
+        repeats_A = torch.tensor(self._counts)
+        return values_A.repeat_interleave(repeats_A).to(self._like.device)
