@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from dualray.errors import RequestError, RunError
-from dualray.platform.access import Access
+from dualray.platform.access import Access, unreachable
 from dualray.proto import inference_pb2 as pb
 from dualray.proto import inference_pb2_grpc as pb_grpc
 
@@ -162,11 +162,13 @@ def explain(error: grpc.RpcError, target: str) -> RequestError | RunError:
         )
     if "dualray-model" in trailer and details:
         return _refused(f"{code.name}: {details}")
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if code is grpc.StatusCode.UNAUTHENTICATED:
         return RunError(
-            f"--target is {target} and no server answers there",
-            hint="start one with dualray serve, or take the target from dualray status",
+            f"{target} refused the call, {details.partition('; ')[0]}",
+            hint="give a token that is valid now with --token-file",
         )
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return unreachable(details, target)
     return RunError(
         f"{target} answered {code.name}: {details or 'no reason given'}",
         hint="check that --target is a dualray server",

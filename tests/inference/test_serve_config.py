@@ -46,6 +46,31 @@ def test_the_cache_holds_a_full_batch_of_full_length():
             "serve.max_request_s is 0 and must be above 0; set it to a number of seconds such as "
             "600.",
         ),
+        (
+            {"max_message_bytes": 1023},
+            "serve.max_message_bytes is 1023 and must lie between 1024 and 2147483647; leave it "
+            "out for 4 MiB.",
+        ),
+        (
+            {"max_message_bytes": 2**31},
+            "serve.max_message_bytes is 2147483648 and must lie between 1024 and 2147483647; leave "
+            "it out for 4 MiB.",
+        ),
+        (
+            {"tls_cert": "a.pem"},
+            "serve.tls_cert is a.pem and serve.tls_key is not given, but TLS needs both; set "
+            "serve.tls_key too, or neither.",
+        ),
+        (
+            {"tls_key": "a.key"},
+            "serve.tls_key is a.key and serve.tls_cert is not given, but TLS needs both; set "
+            "serve.tls_cert too, or neither.",
+        ),
+        (
+            {"tls_client_ca": "ca.pem"},
+            "serve.tls_client_ca is ca.pem and serve.tls_cert is not given, but only TLS carries "
+            "client certificates; set serve.tls_cert and serve.tls_key too.",
+        ),
     ],
 )
 def test_a_wrong_field_is_a_sentence(values, sentence):

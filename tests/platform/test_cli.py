@@ -43,8 +43,10 @@ SURFACE: dict[str, list[str]] = {
     "data build": ["SRC...", "--json", "--out", "--tokenizer"],
     "data fetch": ["NAME", "--out"],
     "generate": [
-        "PROMPT", "--ignore-eos", "--json", "--max-tokens", "--min-p", "--seed", "--stop",
-        "--target", "--temperature", "--timeout", "--top-k", "--top-p",
+        # What proves who asks belongs to the caller, who has no run file.
+        "PROMPT", "--ca", "--cert", "--ignore-eos", "--json", "--key", "--max-tokens", "--min-p",
+        "--seed", "--stop", "--target", "--temperature", "--timeout", "--token-file", "--top-k",
+        "--top-p",
     ],
     "k8s render": ["RUN.yaml", "--kind", "--set"],
     "logs": ["JOB", "--address", "--follow", "--no-follow"],

@@ -1,0 +1,122 @@
+"""Who may speak to the server: TLS, client certificates, bearer tokens, and the run itself.
+
+Health and reflection need no token: probes carry none, and neither tells more than whether the
+server takes requests and what protocol it speaks. Client certificates hold for the whole port.
+
+The run asks itself for its first token. It has no client certificate and no reason to trust its
+own, so that a secured server also listens on a Unix socket that only its user can reach, and
+takes one token more, which never leaves the run's actors.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from dualray.actors.bearer_tokens import TokenFile
+from dualray.actors.tls_files import TlsFiles
+from dualray.inference.serve_config import ServeConfig
+
+OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
+_NO_TOKEN = (
+    "the call carries no bearer token; send the metadata authorization: Bearer TOKEN with one of "
+    "the server's tokens."
+)
+_WRONG_TOKEN = "the call's bearer token is not one of the server's; ask for one that is valid now."
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnAccess:
+    """How the run's own controller, on the same machine, reaches its server."""
+
+    target: str
+    token: str | None = field(repr=False)
+
+
+class TokenGuard(grpc.aio.ServerInterceptor):
+    """Refuses calls without a valid token as UNAUTHENTICATED, before their messages are read."""
+
+    def __init__(self, tokens: TokenFile, own_token: str) -> None:
+        self._tokens = tokens
+        self._own_token = own_token.encode()
+        self._no_token = _refusing(_NO_TOKEN)
+        self._wrong_token = _refusing(_WRONG_TOKEN)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The method's handler, or one that refuses."""
+        details: Any = handler_call_details
+        if not details.method.startswith(OPEN_SERVICES):
+            token = _bearer(details.invocation_metadata)
+            if token is None:
+                return self._no_token
+            own = hmac.compare_digest(token.encode(), self._own_token)
+            if not (self._tokens.accepts(token) or own):
+                return self._wrong_token
+        return await continuation(handler_call_details)
+
+
+class Security:
+    """What `serve` asks for, read from its files. Raises ConfigError if one cannot be used."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._tls: TlsFiles | None = None
+        if config.tls_cert is not None and config.tls_key is not None:
+            self._tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+        self._own_token: str | None = None
+        self.interceptors: tuple[grpc.aio.ServerInterceptor, ...] = ()
+        if config.tokens_file is not None:
+            self._own_token = secrets.token_urlsafe(32)
+            tokens = TokenFile(Path(config.tokens_file), "serve.tokens_file")
+            self.interceptors = (TokenGuard(tokens, self._own_token),)
+        self._socket_folder: Path | None = None
+
+    def listen(self, server: grpc.aio.Server, address: str) -> tuple[int, OwnAccess]:
+        """Adds the port, and with TLS the run's own socket; the port found, and the own access.
+
+        Raises RuntimeError if the port is taken.
+        """
+        host = address.rpartition(":")[0]
+        if self._tls is None:
+            port = server.add_insecure_port(address)
+            return port, OwnAccess(target=f"{host}:{port}", token=self._own_token)
+        port = server.add_secure_port(address, self._tls.credentials())
+        # In /tmp and nowhere else: a socket's path may have 107 bytes. mkdtemp's mode is 0700.
+        self._socket_folder = Path(tempfile.mkdtemp(prefix="dualray-", dir="/tmp"))
+        own = f"unix:{self._socket_folder / 'grpc'}"
+        server.add_insecure_port(own)
+        return port, OwnAccess(target=own, token=self._own_token)
+
+    def close(self) -> None:
+        """Removes the run's own socket."""
+        if self._socket_folder is not None:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
+
+
+def _bearer(metadata: Any) -> str | None:
+    """The token of the one `authorization` entry; two of them are as good as none."""
+    values = [value for key, value in metadata or () if key == "authorization"]
+    if len(values) != 1:
+        return None
+    scheme, _, token = values[0].partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def _refusing(sentence: str) -> grpc.RpcMethodHandler:
+    """A stream handler that reads nothing answers calls of every kind."""
+
+    async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, sentence)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
