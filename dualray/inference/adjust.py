@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,8 +60,9 @@ class _Cells:
         self._counts = [len(ids) for ids in ids_A]
         self._num = sum(self._counts)
         if self._num:
-            ids_N = torch.tensor(list(chain.from_iterable(ids_A)), device=logits_BV.device)
-            self.at = (self._repeated(torch.tensor(rows_A)), ids_N)
+            # Numpy reads a long list of Python's numbers five times as fast as torch.
+            ids_N = torch.from_numpy(np.fromiter(chain.from_iterable(ids_A), np.int64, self._num))
+            self.at = (self._repeated(torch.tensor(rows_A)), ids_N.to(logits_BV.device))
 
     def __len__(self) -> int:
         return self._num
