@@ -43,7 +43,7 @@ class InferenceServer:
         self._security = Security(config)
         self._own_access: OwnAccess | None = None
         self._server = grpc.aio.server(
-            interceptors=self._security.interceptors,
+            interceptors=(engine.metrics.calls, *self._security.interceptors),
             options=(
                 *SERVER_OPTIONS,
                 ("grpc.max_receive_message_length", config.max_message_bytes),

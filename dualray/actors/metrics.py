@@ -16,6 +16,7 @@ from socketserver import BaseServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from dualray.actors.completion import Completion
+from dualray.actors.grpc_metrics import CallCounter
 from dualray.errors import ResourceError
 from dualray.inference.request import FinishReason
 from dualray.inference.scheduler import Scheduler
@@ -64,6 +65,8 @@ class EngineMetrics:
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
+        self.calls = CallCounter(self.registry)
+        """The interceptor of the gRPC server that asks the engine."""
         self._labels = (model_name, "0")  # vLLM counts the engines of a server; ours has one
         self._running = self._gauge("num_requests_running", "Requests in execution batches.")
         self._waiting = self._gauge("num_requests_waiting", "Requests that wait for admission.")

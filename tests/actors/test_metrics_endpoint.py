@@ -1,7 +1,6 @@
 """Prometheus metrics of a served tiny model, scraped over HTTP and parsed as Prometheus does."""
 
 import asyncio
-import contextlib
 import dataclasses
 import math
 import socket
@@ -9,12 +8,11 @@ import urllib.error
 import urllib.request
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from support.models import tiny_config, whole_model
-from support.serving import LIMITS, Served, serving
+from support.scrapes import Scrape, scraping
+from support.serving import LIMITS, serving
 
 from dualray.actors.engine_actor import EngineActor
-from dualray.actors.metrics import MetricsServer
 from dualray.data.tokenizer import ByteTokenizer
 from dualray.errors import ConfigError, RequestError, ResourceError
 from dualray.inference.request import SamplingParams
@@ -40,46 +38,7 @@ BUCKETS = {
 }
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = ("prompt_tokens", "generation_tokens", "request_success")
-
-
-class Scrape:
-    """One answer of the endpoint."""
-
-    def __init__(self, target: str) -> None:
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=60) as answer:
-            assert answer.headers["Content-Type"].startswith("text/plain")
-            text = answer.read().decode()
-        self.families = {f.name: f for f in text_string_to_metric_families(text)}
-        self.samples = [s for f in self.families.values() for s in f.samples]
-
-    def __call__(self, name: str, **labels: str) -> float:
-        wanted = {"model_name": "tiny", "engine": "0"} | labels
-        (value,) = (s.value for s in self.samples if (s.name, s.labels) == (f"vllm:{name}", wanted))
-        return value
-
-    def ended(self) -> dict[str, float]:
-        """Requests that ended, by reason; reasons that never occurred left out."""
-        samples = [s for s in self.samples if s.name == "vllm:request_success_total"]
-        assert {s.labels["finished_reason"] for s in samples} == {
-            "stop",
-            "length",
-            "abort",
-            "error",
-        }
-        return {s.labels["finished_reason"]: s.value for s in samples if s.value}
-
-    def counts(self) -> dict[str, float]:
-        return {name: self(f"{name}_count") for name in BUCKETS}
-
-
-@contextlib.contextmanager
-def scraping(served: Served):
-    server = MetricsServer(served.engine.metrics)
-    target = served.call(server.start("127.0.0.1", 0))
-    try:
-        yield lambda: Scrape(target)
-    finally:
-        served.call(server.stop())
+CALLS = ("grpc_server_started", "grpc_server_handled")
 
 
 @pytest.fixture
@@ -111,9 +70,11 @@ def test_names_labels_and_buckets_are_those_of_vllm(scrape):
         **{f"vllm:{name}": "histogram" for name in BUCKETS},
         **{f"vllm:{name}": "gauge" for name in GAUGES},
         **{f"vllm:{name}": "counter" for name in COUNTERS},
+        **dict.fromkeys(CALLS, "counter"),
     }
     for sample in answer.samples:
         assert (sample.labels["model_name"], sample.labels["engine"]) == ("tiny", "0")
+        assert set(sample.labels) <= {"model_name", "engine", "finished_reason", "le"}
     for name, text in BUCKETS.items():
         samples = answer.families[f"vllm:{name}"].samples
         bounds = [float(s.labels["le"]) for s in samples if s.name.endswith("_bucket")]

@@ -1,0 +1,110 @@
+"""Counts gRPC calls under the names that Go's gRPC servers use: grpc_server_started_total and
+grpc_server_handled_total, codes in Go's spelling."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from prometheus_client import CollectorRegistry, Counter
+
+_METHOD = ("grpc_type", "grpc_service", "grpc_method")
+_TYPES = {
+    (False, False): "unary",
+    (True, False): "client_stream",
+    (False, True): "server_stream",
+    (True, True): "bidi_stream",
+}
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_GO_NAMES = {code: code.name.title().replace("_", "") for code in grpc.StatusCode} | {
+    grpc.StatusCode.OK: "OK",
+    grpc.StatusCode.CANCELLED: "Canceled",
+}
+
+
+class CallCounter(grpc.aio.ServerInterceptor):
+    """Counts calls of the server's methods. Put it first: it then sees what others refuse.
+
+    A refused call has the type of the handler that refuses it. Calls of unknown methods do not
+    count: a series for each name would let callers fill the memory.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._started = Counter("grpc_server_started", "Calls started.", _METHOD, registry=registry)
+        self._handled = Counter(
+            "grpc_server_handled",
+            "Calls ended, by code.",
+            (*_METHOD, "grpc_code"),
+            registry=registry,
+        )
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The method's handler, counted."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        details: Any = handler_call_details
+        _, service, method = details.method.split("/", 2)
+        labels = (_TYPES[handler.request_streaming, handler.response_streaming], service, method)
+        if handler.request_streaming:
+            if handler.response_streaming:
+                make, run = grpc.stream_stream_rpc_method_handler, handler.stream_stream
+            else:
+                make, run = grpc.stream_unary_rpc_method_handler, handler.stream_unary
+        elif handler.response_streaming:
+            make, run = grpc.unary_stream_rpc_method_handler, handler.unary_stream
+        else:
+            make, run = grpc.unary_unary_rpc_method_handler, handler.unary_unary
+        return make(
+            self._counted(run, labels), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _counted(self, run: Callable[..., Any], labels: tuple[str, ...]) -> Callable[..., Any]:
+        """`run` as the same kind of function: the server looks at which one it is."""
+        if inspect.isasyncgenfunction(run):
+
+            async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+                with self._call(labels, context):
+                    async for response in run(request, context):
+                        yield response
+
+            return stream
+        assert inspect.iscoroutinefunction(run), "a server of coroutines has no other handlers"
+
+        async def call(request: Any, context: Any) -> Any:
+            with self._call(labels, context):
+                return await run(request, context)
+
+        return call
+
+    @contextmanager
+    def _call(self, labels: tuple[str, ...], context: Any) -> Iterator[None]:
+        self._started.labels(*labels).inc()
+        code = grpc.StatusCode.UNKNOWN  # what the server answers when a handler raises
+        try:
+            yield
+            code = _code(context)
+        except grpc.aio.AbortError:
+            code = _code(context)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            left = context.time_remaining()
+            in_time = left is None or left > 0
+            code = grpc.StatusCode.CANCELLED if in_time else grpc.StatusCode.DEADLINE_EXCEEDED
+            raise
+        finally:
+            self._handled.labels(*labels, _GO_NAMES[code]).inc()
+
+
+def _code(context: Any) -> grpc.StatusCode:
+    """What a handler has set: a code, its number, or nothing, which is OK."""
+    code = context.code()
+    return code if isinstance(code, grpc.StatusCode) else _CODES[code or 0]
