@@ -11,10 +11,11 @@ takes one token more, which never leaves the run's actors.
 from __future__ import annotations
 
 import hmac
+import inspect
 import secrets
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from dualray.actors.tls_files import TlsFiles
 from dualray.inference.serve_config import ServeConfig
 
 OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+"""Where who listens on every address is reached from the same machine."""
 _NO_TOKEN = (
     "the call carries no bearer token; send the metadata authorization: Bearer TOKEN with one of "
     "the server's tokens."
@@ -42,7 +45,11 @@ class OwnAccess:
 
 
 class TokenGuard(grpc.aio.ServerInterceptor):
-    """Refuses calls without a valid token as UNAUTHENTICATED, before their messages are read."""
+    """Refuses calls without a valid token as UNAUTHENTICATED, before their messages are read.
+
+    A stream of requests may stay open for days, so that each of its messages needs the token to
+    be valid still. When it no longer is, what was accepted is answered and the stream ends.
+    """
 
     def __init__(self, tokens: TokenFile, own_token: str) -> None:
         self._tokens = tokens
@@ -57,14 +64,44 @@ class TokenGuard(grpc.aio.ServerInterceptor):
     ) -> Any:
         """The method's handler, or one that refuses."""
         details: Any = handler_call_details
-        if not details.method.startswith(OPEN_SERVICES):
-            token = _bearer(details.invocation_metadata)
-            if token is None:
-                return self._no_token
-            own = hmac.compare_digest(token.encode(), self._own_token)
-            if not (self._tokens.accepts(token) or own):
-                return self._wrong_token
-        return await continuation(handler_call_details)
+        if details.method.startswith(OPEN_SERVICES):
+            return await continuation(handler_call_details)
+        token = _bearer(details.invocation_metadata)
+        if token is None:
+            return self._no_token
+        if not self._accepts(token):
+            return self._wrong_token
+        handler = await continuation(handler_call_details)
+        if handler is not None and handler.request_streaming:
+            return self._asking_again(handler, token)
+        return handler
+
+    def _accepts(self, token: str) -> bool:
+        own = hmac.compare_digest(token.encode(), self._own_token)
+        return self._tokens.accepts(token) or own
+
+    def _asking_again(self, handler: Any, token: str) -> grpc.RpcMethodHandler:
+        run = handler.stream_stream
+        assert inspect.iscoroutinefunction(run), "no other handler takes a stream of requests"
+
+        async def guarded(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+            refused = False
+
+            async def accepted() -> AsyncIterator[Any]:
+                nonlocal refused
+                async for request in requests:
+                    refused = not self._accepts(token)
+                    if refused:
+                        return
+                    yield request
+
+            await run(accepted(), context)
+            if refused:
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, _WRONG_TOKEN)
+
+        return grpc.stream_stream_rpc_method_handler(
+            guarded, handler.request_deserializer, handler.response_serializer
+        )
 
 
 class Security:
@@ -90,6 +127,7 @@ class Security:
         host = address.rpartition(":")[0]
         if self._tls is None:
             port = server.add_insecure_port(address)
+            host = _LOOPBACK.get(host, host)
             return port, OwnAccess(target=f"{host}:{port}", token=self._own_token)
         port = server.add_secure_port(address, self._tls.credentials())
         # In /tmp and nowhere else: a socket's path may have 107 bytes. mkdtemp's mode is 0700.

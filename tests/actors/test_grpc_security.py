@@ -1,41 +1,22 @@
-"""TLS, client certificates, tokens and message limits, over real connections on loopback."""
+"""TLS, client certificates and message limits, over real connections on loopback."""
 
-import contextlib
-import logging
-import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.certificates import Authority
+from support.secured import asked, bearer, channel, index, stream, write
 from support.serving import serving
 
 from dualray.actors.grpc_security import Security
-from dualray.actors.grpc_server import SERVICE
-from dualray.actors.watched_files import WatchedFiles
 from dualray.errors import ConfigError
 from dualray.inference.serve_config import ServeConfig
 from dualray.platform.client import first_token_at
-from dualray.proto import inference_pb2 as pb
-from dualray.proto import inference_pb2_grpc as pb_grpc
 
 CODE = grpc.StatusCode
-TIMEOUT_S = 30.0
-TOKENS = "# the morning's\nfirst-token\n\n  second-token\r\n"
-NO = (
-    CODE.UNAUTHENTICATED,
-    (
-        "the call carries no bearer token; send the metadata authorization: Bearer TOKEN with one "
-        "of the server's tokens."
-    ),
-)
-WRONG = (
-    CODE.UNAUTHENTICATED,
-    ("the call's bearer token is not one of the server's; ask for one that is valid now."),
-)
 
 
 @pytest.fixture(scope="module")
@@ -65,59 +46,6 @@ def tls(pair, client_ca: Path | None = None, **more) -> ServeConfig:
         tls_client_ca=None if client_ca is None else str(client_ca),
         **more,
     )
-
-
-def channel(target: str, trusts: Path | None = None, shows=None) -> grpc.Channel:
-    """A connection of its own, which shakes hands anew."""
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    if trusts is None:
-        return grpc.insecure_channel(target, options)
-    shown = () if shows is None else (shows.key.read_bytes(), shows.cert.read_bytes())
-    credentials = grpc.ssl_channel_credentials(trusts.read_bytes(), *shown)
-    return grpc.secure_channel(target, credentials, options)
-
-
-def bearer(token: str) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {token}"),)
-
-
-def outcome(call) -> tuple[grpc.StatusCode, str]:
-    """How a call ended: OK, or code and details."""
-    try:
-        call()
-    except grpc.RpcError as error:
-        return error.code(), error.details()
-    return CODE.OK, ""
-
-
-def index(open_channel: grpc.Channel, metadata=()) -> tuple[grpc.StatusCode, str]:
-    stub = pb_grpc.GRPCInferenceServiceStub(open_channel)
-    request = pb.RepositoryIndexRequest()
-    return outcome(lambda: stub.RepositoryIndex(request, metadata=metadata, timeout=TIMEOUT_S))
-
-
-def stream(open_channel: grpc.Channel, metadata=(), prompt: bytes = b"ab"):
-    stub = pb_grpc.GRPCInferenceServiceStub(open_channel)
-    request = pb.ModelInferRequest(model_name="tiny")
-    contents = pb.InferTensorContents(bytes_contents=[prompt])
-    request.inputs.add(name="text_input", datatype="BYTES", shape=[1], contents=contents)
-    return outcome(
-        lambda: list(stub.ModelStreamInfer(iter([request]), metadata=metadata, timeout=TIMEOUT_S))
-    )
-
-
-@contextlib.contextmanager
-def asked(config: ServeConfig, trusts: Path | None = None, shows=None):
-    """A server of this security and a channel to it."""
-    with serving(security=config) as served, channel(served.target, trusts, shows) as opened:
-        yield served, opened
-
-
-def write(path: Path, text: str) -> None:
-    """Replaces the file as one act, the way that secrets rotate."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    new.replace(path)
 
 
 def test_without_settings_everybody_is_served():
@@ -178,102 +106,8 @@ def test_a_replaced_certificate_serves_the_next_connection(ca, stranger):
 @pytest.fixture
 def tokens(tmp_path) -> Path:
     path = tmp_path / "tokens"
-    path.write_text(TOKENS)
+    path.write_text("first-token\nsecond-token\n")
     return path
-
-
-@pytest.mark.parametrize("call", [index, stream])
-@pytest.mark.parametrize(
-    ("metadata", "expected"),
-    [
-        ((), NO),
-        (bearer("first-token"), (CODE.OK, "")),
-        (bearer("second-token"), (CODE.OK, "")),
-        ((("authorization", "bearer second-token"),), (CODE.OK, "")),
-        (bearer("first-toke"), WRONG),
-        (bearer("first-tokens"), WRONG),
-        (bearer("# the morning's"), WRONG),
-        (bearer(""), NO),
-        ((("authorization", "Basic first-token"),), NO),
-        ((("authorization", "first-token"),), NO),
-        ((*bearer("first-token"), *bearer("second-token")), NO),
-        ((("token", "first-token"),), NO),
-    ],
-)
-def test_unary_and_streamed_calls_need_a_token(shared, call, metadata, expected):
-    code, details = call(shared, metadata)
-    assert (code, details) == expected
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    path = tmp_path_factory.mktemp("shared") / "tokens"
-    path.write_text(TOKENS)
-    with asked(ServeConfig(tokens_file=str(path))) as (_, opened):
-        yield opened
-
-
-def test_every_method_but_health_and_reflection_is_guarded(shared):
-    service = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-    assert len(service.methods) >= 10
-    for method in service.methods:
-        ask = shared.stream_stream(f"/{service.full_name}/{method.name}")
-        assert outcome(lambda ask=ask: list(ask(iter([b""]))))[0] is CODE.UNAUTHENTICATED
-    unknown = shared.unary_unary("/grpc.health.v1.HealthOfOthers/Check")
-    assert outcome(lambda: unknown(b""))[0] is CODE.UNAUTHENTICATED
-    health = health_pb2_grpc.HealthStub(shared)
-    answer = health.Check(health_pb2.HealthCheckRequest(service=SERVICE))
-    assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    reflect = reflection_pb2_grpc.ServerReflectionStub(shared)
-    request = reflection_pb2.ServerReflectionRequest(list_services="")
-    (listed,) = reflect.ServerReflectionInfo(iter([request]))
-    assert SERVICE in [s.name for s in listed.list_services_response.service]
-
-
-def test_a_refused_call_starts_nothing_and_its_message_is_not_read(tokens):
-    with asked(ServeConfig(tokens_file=str(tokens))) as (served, opened):
-        infer = opened.unary_unary(f"/{SERVICE}/ModelInfer")
-        assert outcome(lambda: infer(b"\xff no message"))[0] is CODE.UNAUTHENTICATED
-        assert stream(opened)[0] is CODE.UNAUTHENTICATED
-        assert served.plans == []
-        assert served.engine.stats.num_started == 0
-
-
-def test_tokens_rotate_without_a_restart(tokens, caplog):
-    with asked(ServeConfig(tokens_file=str(tokens))) as (_, opened):
-        assert index(opened, bearer("first-token"))[0] is CODE.OK
-        assert index(opened, bearer("third-token"))[0] is CODE.UNAUTHENTICATED
-        write(tokens, "second-token\nthird-token\n")
-        assert index(opened, bearer("first-token"))[0] is CODE.UNAUTHENTICATED
-        assert index(opened, bearer("second-token"))[0] is CODE.OK
-        assert index(opened, bearer("third-token"))[0] is CODE.OK
-        # A file that cannot be used changes nothing; an empty one refuses everybody.
-        with caplog.at_level(logging.WARNING):
-            write(tokens, "fourth-token\nnot a token\n")
-            assert index(opened, bearer("third-token"))[0] is CODE.OK
-            assert index(opened, bearer("fourth-token"))[0] is CODE.UNAUTHENTICATED
-            tokens.unlink()
-            assert index(opened, bearer("third-token"))[0] is CODE.OK
-        write(tokens, "# nobody\n")
-        assert index(opened, bearer("third-token"))[0] is CODE.UNAUTHENTICATED
-    assert "line 2 of it is no token" in caplog.text
-    assert "fourth-token" not in caplog.text
-    assert "not a token" not in caplog.text
-
-
-def test_a_change_of_equal_size_within_one_tick_is_seen(tmp_path):
-    """As after two writes in one tick of the clock: size, time and inode stay the same."""
-    path = tmp_path / "file"
-    path.write_text("one")
-    watched = WatchedFiles([path])
-    assert watched.changed()
-    assert watched.changed()  # young files count as changed
-    past = time.time_ns() - 10**10
-    os.utime(path, ns=(past, past))
-    assert watched.changed()
-    assert not watched.changed()
-    path.write_text("two")
-    assert watched.changed()
 
 
 @pytest.mark.parametrize("with_tokens", [False, True])
@@ -290,6 +124,36 @@ def test_the_run_reaches_its_own_server_however_it_is_secured(ca, server, tokens
                 assert index(opened)[0] is CODE.UNAUTHENTICATED
             assert own.token not in repr(own)
     assert not folder.exists()
+
+
+TRITON = """
+import sys
+import numpy
+import tritonclient.grpc as triton
+
+target, ca, cert, key = sys.argv[1:]
+client = triton.InferenceServerClient(
+    target, ssl=True, root_certificates=ca, private_key=key, certificate_chain=cert
+)
+prompt = triton.InferInput("text_input", [1], "BYTES")
+prompt.set_data_from_numpy(numpy.array([b"ab"], dtype=object))
+answer = client.infer("tiny", [prompt], headers={"authorization": "Bearer second-token"})
+print(answer.get_response().model_name)
+try:
+    client.infer("tiny", [prompt])
+except triton.InferenceServerException as error:
+    print(error.status())
+"""
+
+
+def test_tritonclient_speaks_mtls_and_carries_a_token(ca, server, client, tokens):
+    """In a process of its own: it registers the same protocol as we do."""
+    config = tls(server, ca.cert, tokens_file=str(tokens))
+    with serving(security=config) as served:
+        files = map(str, (ca.cert, client.cert, client.key))
+        command = [sys.executable, "-c", TRITON, served.target, *files]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert said.stdout.splitlines() == ["tiny", "StatusCode.UNAUTHENTICATED"], said.stderr
 
 
 def test_a_message_above_the_limit_is_refused_and_the_server_goes_on():
