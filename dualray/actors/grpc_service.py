@@ -19,7 +19,15 @@ import grpc
 import dualray
 from dualray.actors.completion import Completion
 from dualray.actors.engine import Engine, EngineState
-from dualray.actors.infer_messages import INPUTS, OUTPUTS, Answer, InferCall, parse_call
+from dualray.actors.infer_messages import (
+    INPUTS,
+    OUTPUTS,
+    Answer,
+    InferCall,
+    output_dim,
+    parse_call,
+)
+from dualray.actors.merged_completions import merged
 from dualray.errors import RequestError
 from dualray.inference.request import (
     DeadlineError,
@@ -54,6 +62,11 @@ _DATA_TYPES = {
 }
 
 Context = grpc.aio.ServicerContext
+
+
+def _cancel(completions: list[Completion]) -> None:
+    for completion in completions:
+        completion.cancel()
 
 
 def status_of(error: RequestError) -> grpc.StatusCode:
@@ -98,8 +111,8 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         try:
             self._check_model(request.model_name, request.model_version)
             call = parse_call(request, one_answer=True)
-            completion = self._submit(call)
-            async with aclosing(self._answers(call, completion)) as answers:
+            completions = self._submit(call)
+            async with aclosing(self._answers(call, completions)) as answers:
                 return await anext(answers)
         except Exception as error:
             refusal = _refusal(error)
@@ -139,8 +152,8 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         try:
             self._check_model(request.model_name, request.model_version)
             call = parse_call(request, one_answer=False)
-            completion = self._submit(call)
-            async with aclosing(self._answers(call, completion)) as answers:
+            completions = self._submit(call)
+            async with aclosing(self._answers(call, completions)) as answers:
                 async for response in answers:
                     await write(pb.ModelStreamInferResponse(infer_response=response))
         except Exception as error:
@@ -154,34 +167,45 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             response.infer_response.parameters["triton_final_response"].bool_param = True
             await write(response)
 
-    def _submit(self, call: InferCall) -> Completion:
-        # The call's own deadline is gRPC's: at its end both sides cancel, whoever is alive.
-        return self._engine.submit(call.prompt, call.params, call.timeout_s)
+    def _submit(self, call: InferCall) -> list[Completion]:
+        """All n completions of a call, or none."""
+        completions: list[Completion] = []
+        try:
+            for params in call.params.each():
+                # The call's own deadline is gRPC's: at its end both sides cancel, whoever is alive.
+                completion = self._engine.submit(call.prompt, params, call.timeout_s)
+                completions.append(completion)
+        except RequestError:
+            _cancel(completions)
+            raise
+        return completions
 
     async def _answers(
-        self, call: InferCall, completion: Completion
+        self, call: InferCall, completions: list[Completion]
     ) -> AsyncGenerator[pb.ModelInferResponse]:
         """Responses of a call: one per delta, or one in all when it does not stream.
 
-        However it ends, the completion's blocks are free afterwards.
+        However it ends, the completions' blocks are free afterwards.
         """
         answer = Answer(
             call=call,
             model_name=self._engine.model_name,
-            weights=completion.weights,
-            num_input_tokens=len(completion.request.prompt_ids),
+            weights=completions[0].weights,
+            num_input_tokens=len(completions[0].request.prompt_ids),
             decode=self._engine.tokenizer.decode,
         )
         try:
             if call.stream:
-                async for delta in completion:
-                    yield answer.message(delta)
+                async with aclosing(merged(completions)) as deltas:
+                    async for index, delta in deltas:
+                        yield answer.message({index: delta})
             else:
-                yield answer.message(await completion.whole())
+                wholes = [await completion.whole() for completion in completions]
+                yield answer.message(dict(enumerate(wholes)))
             if call.empty_final:
                 yield answer.final()
         finally:
-            completion.cancel()
+            _cancel(completions)
 
     async def ServerLive(self, request: Any, context: Context) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -215,7 +239,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             versions=[self._version()],
             platform=PLATFORM,
             inputs=[tensor(name=n, datatype=t, shape=[1]) for n, t in INPUTS.items()],
-            outputs=[tensor(name=n, datatype=t, shape=[1]) for n, t in OUTPUTS.items()],
+            outputs=[tensor(name=n, datatype=t, shape=[output_dim(n)]) for n, t in OUTPUTS.items()],
         )
 
     async def ModelConfig(
@@ -237,7 +261,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
                 optional=name != "text_input",
             )
         for name, datatype in OUTPUTS.items():
-            config.output.add(name=name, data_type=_DATA_TYPES[datatype], dims=[1])
+            config.output.add(name=name, data_type=_DATA_TYPES[datatype], dims=[output_dim(name)])
         return pb.ModelConfigResponse(config=config)
 
     async def ModelStatistics(

@@ -41,11 +41,20 @@ OUTPUTS: Mapping[str, str] = {
     "num_input_tokens": "UINT32",
     "num_output_tokens": "UINT32",
 }
-"""Output tensors of one element; a request gets text_output and those it asks for."""
+"""Output tensors and their wire types; a request gets text_output and those it asks for.
+
+One element for each of the request's n completions, but for num_input_tokens.
+"""
 
 FINAL = "triton_final_response"
 EMPTY_FINAL = "triton_enable_empty_final_response"
 TIMEOUT = "timeout"
+_NOTHING = Delta(text="", tokens=())
+
+
+def output_dim(name: str) -> int:
+    """Elements of an output, -1 for as many as the request's n."""
+    return 1 if name == "num_input_tokens" else -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,31 +121,44 @@ class Answer:
     weights: Weights
     num_input_tokens: int
     decode: Callable[[list[int]], str]
-    _cumulative_logprob: float = field(default=0.0)
+    _cumulative_logprobs: list[float] = field(init=False)
+    _num_left: int = field(init=False)
 
-    def message(self, delta: Delta) -> pb.ModelInferResponse:
-        """One delta's outputs. The last one carries the final mark and the weights' stamp."""
-        self._cumulative_logprob += sum(token.logprob for token in delta.tokens)
-        text = self.call.prompt + delta.text if self.call.prepend_prompt else delta.text
-        values: dict[str, Any] = {
-            "text_output": text,
-            "finish_reason": str(delta.finish) if delta.finish else "",
-            "cumulative_logprob": self._cumulative_logprob,
-            "logprobs": None,
-            "num_input_tokens": self.num_input_tokens,
-            "num_output_tokens": len(delta.tokens),
+    def __post_init__(self) -> None:
+        self._num_left = self.call.params.n
+        self._cumulative_logprobs = [0.0] * self._num_left
+
+    def message(self, deltas: Mapping[int, Delta]) -> pb.ModelInferResponse:
+        """What some of the n completions have gained, the others' elements being empty.
+
+        The last one carries the final mark and the weights' stamp.
+        """
+        n = self.call.params.n
+        prompt = self.call.prompt if self.call.prepend_prompt else ""
+        every = [deltas.get(index, _NOTHING) for index in range(n)]
+        for index, delta in deltas.items():
+            self._cumulative_logprobs[index] += sum(token.logprob for token in delta.tokens)
+            self._num_left -= delta.finish is not None
+        values: dict[str, list[Any]] = {
+            "text_output": [prompt + delta.text for delta in every],
+            "finish_reason": [str(delta.finish) if delta.finish else "" for delta in every],
+            "cumulative_logprob": self._cumulative_logprobs,
+            "num_input_tokens": [self.num_input_tokens],
+            "num_output_tokens": [len(delta.tokens) for delta in every],
         }
         if "logprobs" in self.call.outputs:
-            values["logprobs"] = json.dumps([self._logprobs(token) for token in delta.tokens])
+            values["logprobs"] = [json.dumps(list(map(self._logprobs, d.tokens))) for d in every]
         response = self._empty()
         for name in self.call.outputs:
             _put(response, name, values[name], raw=self.call.raw)
-        last = delta.finish is not None
+        last = self._num_left == 0
         response.parameters[FINAL].bool_param = last and not self.call.empty_final
         if last:
             self._stamp(response)
+        for index, delta in deltas.items():
             if delta.matched_stop is not None:
-                response.parameters["matched_stop"].string_param = delta.matched_stop
+                name = "matched_stop" if n == 1 else f"matched_stop_{index}"
+                response.parameters[name].string_param = delta.matched_stop
         return response
 
     def final(self) -> pb.ModelInferResponse:
@@ -277,19 +299,19 @@ def _wanted(message: pb.ModelInferRequest, tensors: dict[str, Any]) -> tuple[str
     return tuple(name for name in OUTPUTS if name in wanted)
 
 
-def _put(response: pb.ModelInferResponse, name: str, value: Any, *, raw: bool) -> None:
+def _put(response: pb.ModelInferResponse, name: str, values: list[Any], *, raw: bool) -> None:
     datatype = OUTPUTS[name]
-    tensor = response.outputs.add(name=name, datatype=datatype, shape=[1])
+    tensor = response.outputs.add(name=name, datatype=datatype, shape=[len(values)])
     if datatype == "BYTES":
-        data = value.encode()
-        packed = struct.pack("<I", len(data)) + data
-        contents = pb.InferTensorContents(bytes_contents=[data])
+        data = [value.encode() for value in values]
+        packed = b"".join(struct.pack("<I", len(item)) + item for item in data)
+        contents = pb.InferTensorContents(bytes_contents=data)
     elif datatype == "UINT32":
-        packed = struct.pack("<I", value)
-        contents = pb.InferTensorContents(uint_contents=[value])
+        packed = struct.pack(f"<{len(values)}I", *values)
+        contents = pb.InferTensorContents(uint_contents=values)
     else:
-        packed = struct.pack("<f", value)
-        contents = pb.InferTensorContents(fp32_contents=[value])
+        packed = struct.pack(f"<{len(values)}f", *values)
+        contents = pb.InferTensorContents(fp32_contents=values)
     if raw:
         response.raw_output_contents.append(packed)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -34,8 +34,10 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 300
 """Most entries of `logit_bias` (OpenAI's limit)."""
 
+MAX_N = 128
+"""Most completions of one request (OpenAI's limit)."""
+
 NOT_OFFERED: Mapping[str, Any] = {
-    "n": 1,
     "best_of": 1,
     "prompt_logprobs": None,
     "bad_words": None,
@@ -96,6 +98,8 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the next token is chosen and when to end. `parse` builds it from untyped input."""
 
+    n: int = 1
+    """Completions of the same prompt."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
     top_p: float = 1.0
@@ -130,7 +134,9 @@ class SamplingParams:
     """Alternatives to report per token; 0 reports the chosen token only."""
 
     def __post_init__(self) -> None:
+        require(1 <= self.n <= MAX_N, "n", self.n, f"must lie between 1 and {MAX_N}")
         require(self.temperature >= 0, "temperature", self.temperature, "must be 0 or more")
+        require(self.n == 1 or self.temperature > 0, "n", self.n, "must be 1 at temperature 0")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
         require(self.top_k >= -1, "top_k", self.top_k, "must be -1, 0 (all) or more")
         require(0 <= self.min_p <= 1, "min_p", self.min_p, "must lie between 0 and 1")
@@ -165,6 +171,13 @@ class SamplingParams:
                 self.logprobs,
                 f"must lie between 0 and {MAX_LOGPROBS}",
             )
+
+    def each(self) -> list[SamplingParams]:
+        """Parameters of the n completions; seeds count up, and the first is the request's own."""
+        if self.n == 1:
+            return [self]
+        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
     def _check_bias(self) -> None:
         bias = dict(self.logit_bias)
@@ -217,6 +230,9 @@ class Request:
     seed: int
     deadline: float | None = None
     """When to give up, in the engine clock's seconds."""
+
+    def __post_init__(self) -> None:
+        assert self.params.n == 1, "n completions are n requests"
 
 
 def check_prompt(prompt_ids: Sequence[int], max_context: int) -> None:
@@ -275,6 +291,7 @@ def _unknown(name: str) -> RequestError:
 
 
 _PARSERS = {
+    "n": lambda name, value: 1 if value is None else read_int(name, value),
     "temperature": read_float,
     "top_p": read_float,
     "top_k": read_int,

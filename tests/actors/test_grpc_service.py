@@ -207,9 +207,8 @@ def test_requests_that_arrive_together_are_decoded_in_one_step(served, stub):
     [
         (call(stream=True), "stream is true and ModelInfer gives one answer; use ModelStreamInfer"),
         (
-            call(n=2),
-            "sampling_parameters.n is 2 and this server does not offer n; leave it out or set "
-            "it to 1.",
+            call(n=2, temperature=0),
+            "sampling_parameters.n is 2 and must be 1 at temperature 0; correct n.",
         ),
         (
             call(prompt="a", timeout="soon"),

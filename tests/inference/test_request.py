@@ -39,6 +39,13 @@ def test_biases_come_as_an_object_whose_keys_are_strings():
     assert len(SamplingParams.parse({"logit_bias": most}).logit_bias) == 300
 
 
+def test_n_completions_have_seeds_of_their_own():
+    params = SamplingParams.parse({"n": "3", "seed": 5, "top_k": 4})
+    assert params.each() == [SamplingParams(seed=seed, top_k=4) for seed in (5, 6, 7)]
+    assert SamplingParams(n=2).each() == [SamplingParams(), SamplingParams()]
+    assert SamplingParams.parse({"n": None}).n == 1
+
+
 def test_null_penalties_are_the_defaults():
     names = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
     assert SamplingParams.parse(dict.fromkeys(names)) == SamplingParams()
@@ -56,7 +63,7 @@ def test_bounds_of_penalties_belong_to_them():
 
 
 def test_parameters_not_offered_pass_with_their_neutral_value():
-    neutral = {"n": 1, "length_penalty": 1.0, "bad_words": None, "skip_special_tokens": True}
+    neutral = {"best_of": 1, "length_penalty": 1.0, "bad_words": None, "skip_special_tokens": True}
     assert SamplingParams.parse(neutral) == SamplingParams()
 
 
@@ -131,10 +138,25 @@ def test_parameters_not_offered_pass_with_their_neutral_value():
             "correct stop.",
         ),
         (
-            {"n": 2},
+            {"n": 0},
             "n",
-            "sampling_parameters.n is 2 and this server does not offer n; leave it out or set "
-            "it to 1.",
+            "sampling_parameters.n is 0 and must lie between 1 and 128; correct n.",
+        ),
+        (
+            {"n": 10**30},
+            "n",
+            f"sampling_parameters.n is {10**30} and must lie between 1 and 128; correct n.",
+        ),
+        (
+            {"n": 2, "temperature": 0},
+            "n",
+            "sampling_parameters.n is 2 and must be 1 at temperature 0; correct n.",
+        ),
+        (
+            {"best_of": 2},
+            "best_of",
+            "sampling_parameters.best_of is 2 and this server does not offer best_of; leave it "
+            "out or set it to 1.",
         ),
         (
             {"presence_penalty": 2.1},
