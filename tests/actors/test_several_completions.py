@@ -1,7 +1,10 @@
 """`n` above 1: several completions of one prompt in one call."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
@@ -89,6 +92,17 @@ def test_a_stream_gives_the_same_piece_by_piece(stub):
     assert pieces[-1]["cumulative_logprob"] == whole["cumulative_logprob"]
     final = [m.parameters["triton_final_response"].bool_param for m in messages]
     assert final == [False] * (len(messages) - 1) + [True]
+
+
+def test_tritonclient_reads_them(served):
+    peer = Path(__file__).with_name("triton_peer.py")
+    command = [sys.executable, str(peer), "several", served.target]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["streamed"] == answer["whole"]
+    assert len(set(answer["whole"])) == 3
+    assert answer["counts"] == [6, 6, 6]
 
 
 def test_completions_end_on_their_own(stub):

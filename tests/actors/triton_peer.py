@@ -98,6 +98,28 @@ def stream(client):
     }
 
 
+def several(client):
+    """Three completions of one prompt, in one answer and piece by piece."""
+    sampling = SAMPLING | {"n": 3}
+    flags = {"exclude_input_in_output": True, "return_num_output_tokens": True}
+    whole = client.infer("tiny", tensors("ab", sampling=sampling, **flags))
+    found = queue.Queue()
+    client.start_stream(lambda result, error: found.put((result, error)))
+    client.async_stream_infer("tiny", tensors("ab", sampling=sampling, stream=True))
+    texts, final = [b"", b"", b""], False
+    while not final:
+        result, error = found.get(timeout=60)
+        assert error is None, error
+        texts = [a + b for a, b in zip(texts, result.as_numpy("text_output"))]
+        final = result.get_response().parameters["triton_final_response"].bool_param
+    client.stop_stream()
+    return {
+        "whole": [text.decode() for text in whole.as_numpy("text_output")],
+        "streamed": [text.decode() for text in texts],
+        "counts": whole.as_numpy("num_output_tokens").tolist(),
+    }
+
+
 def describe(client):
     config = client.get_model_config("tiny").config
     return {
