@@ -114,6 +114,8 @@ def test_gauges_show_the_load_and_return_to_zero(served, scrape):
     served.hold()
     asked = [submit(served, "ab")]
     served.until(lambda: served.engine.scheduler.num_running == 1)
+    first = scrape()
+    assert [first(name) for name in GAUGES[:2]] == [1, 0]
     # They join at the next step, and this one is held.
     asked += [submit(served, "cd") for _ in range(3)]
     answer = scrape()
