@@ -125,7 +125,8 @@ class Client:
         model: str | None = None,
         timeout_s: float | None = None,
     ) -> Generation:
-        """Starts a streamed completion; `sampling` are vLLM's sampling parameters."""
+        """Starts a streamed completion; `sampling` are vLLM's sampling parameters, n being 1."""
+        assert sampling.get("n", 1) == 1, "a Generation is one completion"
         request = pb.ModelInferRequest(model_name=model or self.model_name())
         _add(request, "text_input", prompt)
         _add(request, "sampling_parameters", json.dumps(dict(sampling)))
