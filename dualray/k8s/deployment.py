@@ -17,6 +17,7 @@ WORKSPACE = "/workspace"
 RUN_FILE_DIR = "/etc/dualray"
 DASHBOARD_PORT = 8265
 METRICS_PORT = 8080
+"""Ray's own metrics."""
 
 # KubeRay refuses RayJobs above 47 characters; ours also name a Service and a claim.
 _MAX_NAME = 40
@@ -36,6 +37,8 @@ class Deployment:
     gpus_per_worker: float
     grpc_port: int | None
     """None for a run that does not serve."""
+    engine_metrics_port: int | None = None
+    """None for a run whose engine has no metrics port."""
     kubernetes: KubernetesConfig
     ray_version: str
     """Ray in the image: KubeRay chooses probes and authentication by it."""
@@ -51,6 +54,12 @@ class Deployment:
             raise ConfigError(
                 "serve.port is 0 and a Service needs a port known beforehand",
                 hint="set serve.port, say to 50051",
+            )
+        if self.engine_metrics_port in (0, DASHBOARD_PORT, METRICS_PORT):
+            raise ConfigError(
+                f"serve.metrics_port is {self.engine_metrics_port} and must be known beforehand "
+                f"and none of Ray's own {DASHBOARD_PORT} and {METRICS_PORT} in the head pod",
+                hint="set serve.metrics_port, say to 9400",
             )
         most = self.kubernetes.max_workers
         if self.kubernetes.autoscale and most is not None and most < self.num_workers:

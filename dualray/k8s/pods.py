@@ -105,7 +105,15 @@ def _pod(d: Deployment, *, head: bool, mounts_run_file: bool) -> Object:
         spec["tolerations"] = [
             {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
         ]
-    return {"metadata": {"labels": {RUN_LABEL: object_name(d.name)}}, "spec": spec}
+    meta: Object = {"labels": {RUN_LABEL: object_name(d.name)}}
+    if head and d.engine_metrics_port is not None:
+        # Read by the scrape configuration that Prometheus' Helm chart comes with.
+        meta["annotations"] = {
+            "prometheus.io/scrape": "true",
+            "prometheus.io/path": "/metrics",
+            "prometheus.io/port": str(d.engine_metrics_port),
+        }
+    return {"metadata": meta, "spec": spec}
 
 
 def _head_ports(d: Deployment) -> list[Object]:
@@ -113,6 +121,8 @@ def _head_ports(d: Deployment) -> list[Object]:
     ports["metrics"] = METRICS_PORT
     if d.grpc_port is not None:
         ports["grpc"] = d.grpc_port
+    if d.engine_metrics_port is not None:
+        ports["engine-metrics"] = d.engine_metrics_port
     return [{"name": name, "containerPort": port} for name, port in ports.items()]
 
 

@@ -141,6 +141,9 @@ def _service(d: Deployment, kind: Kind) -> Object:
 def _policy(d: Deployment) -> Object:
     run = {"matchLabels": {RUN_LABEL: object_name(d.name)}}
     operator = {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
+    metrics_ports = [METRICS_PORT]
+    if d.engine_metrics_port is not None:
+        metrics_ports.append(d.engine_metrics_port)
     rules: list[Object] = [
         {"from": [{"podSelector": run}]},
         {
@@ -149,7 +152,7 @@ def _policy(d: Deployment) -> Object:
         },
         {
             "from": [{"namespaceSelector": {}}],
-            "ports": [{"protocol": "TCP", "port": METRICS_PORT}],
+            "ports": [{"protocol": "TCP", "port": port} for port in metrics_ports],
         },
     ]
     if d.grpc_port is not None:

@@ -33,6 +33,7 @@ PLAIN = Deployment(
 SCALING = dataclasses.replace(
     PLAIN,
     gpus_per_worker=2.0,
+    engine_metrics_port=9400,
     kubernetes=KubernetesConfig(
         autoscale=True, min_workers=1, max_workers=6, token_secret="ray-token", claim="lake"
     ),
@@ -170,6 +171,21 @@ def test_the_policy_lets_in_what_must_come_in():
     assert "50051" not in json.dumps(silent)
 
 
+def test_prometheus_finds_the_engine_in_the_head_pod_and_may_come_in():
+    spec = cluster_of(SCALING)
+    head = spec["headGroupSpec"]["template"]
+    assert head["metadata"]["annotations"]["prometheus.io/port"] == "9400"
+    ports = {p["name"]: p["containerPort"] for p in head["spec"]["containers"][0]["ports"]}
+    assert ports["engine-metrics"] == 9400
+    assert len(set(ports.values())) == len(ports)
+    (worker,) = spec["workerGroupSpecs"]
+    assert "annotations" not in worker["template"]["metadata"]
+    ingress = by_kind(render(SCALING))["NetworkPolicy"]["spec"]["ingress"]
+    anyone = [rule for rule in ingress if rule.get("from") == [{"namespaceSelector": {}}]]
+    assert [p["port"] for rule in anyone for p in rule["ports"]] == [8080, 9400]
+    assert "prometheus.io" not in json.dumps(render(PLAIN))
+
+
 def test_the_claim():
     assert "PersistentVolumeClaim" not in by_kind(render(SCALING))
     mine = by_kind(render(PLAIN))["PersistentVolumeClaim"]
@@ -208,6 +224,11 @@ def test_a_name_too_long():
             {"grpc_port": 0},
             "serve.port is 0 and a Service needs a port known beforehand; set serve.port, say to "
             "50051.",
+        ),
+        (
+            {"engine_metrics_port": 8080},
+            "serve.metrics_port is 8080 and must be known beforehand and none of Ray's own 8265 "
+            "and 8080 in the head pod; set serve.metrics_port, say to 9400.",
         ),
         (
             {"kubernetes": KubernetesConfig(autoscale=True, max_workers=3)},

@@ -66,6 +66,7 @@ def deployment_of(run: RunFile) -> Deployment:
         cpus_per_worker=run.cluster.cpus_per_worker,
         gpus_per_worker=run.cluster.gpus_per_worker,
         grpc_port=run.serve.port if run.serve.after_training else None,
+        engine_metrics_port=run.serve.metrics_port if run.serve.after_training else None,
         kubernetes=run.kubernetes,
         ray_version=version("ray"),
     )
