@@ -86,7 +86,7 @@ def test_mtls_serves_only_certificates_of_its_authority(ca, stranger, server, cl
                 assert stream(opened)[0] is CODE.UNAVAILABLE
 
 
-def test_a_replaced_certificate_serves_the_next_connection(ca, stranger):
+def test_a_replaced_certificate_serves_the_next_connection(ca, stranger, caplog):
     """Trusting only `stranger` succeeds only with the new pair, only `ca` with the old."""
     pair = ca.issue("rotated")
     with serving(security=tls(pair)) as served, channel(served.target, ca.cert) as opened:
@@ -95,6 +95,7 @@ def test_a_replaced_certificate_serves_the_next_connection(ca, stranger):
         write(pair.cert, new.cert.read_text())
         with channel(served.target, ca.cert) as between:  # the key is still the old one
             assert index(between)[0] is CODE.OK
+        assert "certificates stay as they were: serve.tls_cert is" in caplog.text
         write(pair.key, new.key.read_text())
         with channel(served.target, stranger.cert) as later:
             assert index(later)[0] is CODE.OK
