@@ -97,13 +97,21 @@ class ExpertGroups:
         """
         started = time.perf_counter()
         changed = [layer for layer in self._layers if differ_in(layer, self.placement, placement)]
+        put: list[int] = []
         received = 0
-        for layer in changed:
-            fresh, num_bytes = self._moved(layer, self._layers[layer], placement)
-            # Nobody changes anything before all have everything.
-            dist.barrier(group=self._groups.dense)
-            self._put(layer, fresh, placement)
-            received += num_bytes
+        try:
+            for layer in changed:
+                fresh, num_bytes = self._moved(layer, self._layers[layer], placement)
+                # Nobody changes anything before all have everything.
+                dist.barrier(group=self._groups.dense)
+                self._put(layer, fresh)
+                put.append(layer)
+                received += num_bytes
+        except BaseException:
+            self.placement = self.placement.with_layers(put, placement)
+            raise
+        finally:
+            self._join()
         # Layers of other stages, too: the map is the same on all workers.
         self.placement = placement
         return Moved(
@@ -112,14 +120,12 @@ class ExpertGroups:
             seconds=time.perf_counter() - started,
         )
 
-    def _put(self, layer: int, fresh: _Layer, placement: ExpertPlacement) -> None:
+    def _put(self, layer: int, fresh: _Layer) -> None:
         former = self._layers[layer].optimizer
         if former is not None:
             former.close()
         self._layers[layer] = fresh
         self._held.put_experts(layer, fresh.experts)
-        self.placement = self.placement.with_layer(layer, placement)
-        self._join()
 
     def _join(self) -> None:
         parts = [layer.optimizer for layer in self._layers.values()]

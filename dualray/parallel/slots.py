@@ -5,7 +5,7 @@ Dispatch, optimizer, checkpoints and migrations read this map; nothing assumes a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +55,12 @@ class ExpertPlacement:
         ranks = range(len(self.held[layer]))
         return {expert: rank for rank in ranks for expert in self.homes(layer, rank)}
 
-    def with_layer(self, layer: int, other: ExpertPlacement) -> ExpertPlacement:
-        """This one, but `layer` as in `other`."""
-        return ExpertPlacement(
-            held={**self.held, layer: other.held[layer]},
-            num_homes={**self.num_homes, layer: other.num_homes[layer]},
-        )
+    def with_layers(self, layers: Iterable[int], other: ExpertPlacement) -> ExpertPlacement:
+        """This one, but `layers` as in `other`."""
+        held, num_homes = dict(self.held), dict(self.num_homes)
+        for layer in layers:
+            held[layer], num_homes[layer] = other.held[layer], other.num_homes[layer]
+        return ExpertPlacement(held=held, num_homes=num_homes)
 
     def slots_of(self, layer: int) -> list[list[int]]:
         """Physical slots of every logical expert, its home first."""
