@@ -11,7 +11,7 @@ import logging
 import re
 from pathlib import Path
 
-from dualray.actors.watched_files import WatchedFiles
+from dualray.actors.watched_files import WatchedFiles, read_named
 from dualray.errors import ConfigError
 
 _TOKEN = re.compile(r"[!-~]{1,4096}")  # what a header can carry, within gRPC's 8 KiB of them
@@ -68,14 +68,7 @@ def _digests(tokens: tuple[str, ...]) -> tuple[bytes, ...]:
 
 
 def _parse(path: Path, field: str) -> tuple[str, ...]:
-    try:
-        text = path.read_bytes().decode("latin-1")  # takes any byte; the pattern judges it
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{field} is {path} and cannot be read ({reason})",
-            hint="check the path and its permissions",
-        ) from None
+    text = read_named(path, field).decode("latin-1")  # takes any byte; the pattern judges it
     tokens = []
     for number, line in enumerate(text.split("\n"), start=1):
         token = line.strip(" \t\r")

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from dualray.actors.watched_files import WatchedFiles
+from dualray.actors.watched_files import WatchedFiles, read_named
 from dualray.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -57,26 +57,14 @@ class TlsFiles:
 
     def _configuration(self) -> Any:
         """A grpc.ServerCertificateConfiguration."""
-        cert = read_pem(self._cert, "serve.tls_cert")
-        key = read_pem(self._key, "serve.tls_key")
+        cert = read_named(self._cert, "serve.tls_cert")
+        key = read_named(self._key, "serve.tls_key")
         check_pair(self._cert, self._key, "serve.tls_cert", "serve.tls_key")
         client_ca = None
         if self._client_ca is not None:
-            client_ca = read_pem(self._client_ca, "serve.tls_client_ca")
+            client_ca = read_named(self._client_ca, "serve.tls_client_ca")
             check_certificates(client_ca, self._client_ca, "serve.tls_client_ca")
         return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
-
-
-def read_pem(path: Path, field: str) -> bytes:
-    """A file's bytes. Raises ConfigError naming `field`, which gave the path."""
-    try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{field} is {path} and cannot be read ({reason})",
-            hint="check the path and its permissions",
-        ) from None
 
 
 def check_pair(cert: Path, key: Path, cert_field: str, key_field: str) -> None:

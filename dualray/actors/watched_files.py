@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dualray.errors import ConfigError
+
 _SETTLED_NS = 2_000_000_000
 """A file younger than this may change again within one tick of the file system's clock, at the
 same size, which no stamp shows."""
@@ -30,6 +32,18 @@ class WatchedFiles:
         settled = all(abs(now - modified) > _SETTLED_NS for modified, _, _ in stamps)
         self._seen = stamps if settled else None
         return True
+
+
+def read_named(path: Path, field: str) -> bytes:
+    """A file's bytes. Raises ConfigError naming `field`, which gave the path."""
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{field} is {path} and cannot be read ({reason})",
+            hint="check the path and its permissions",
+        ) from None
 
 
 def _stamp(path: Path) -> _Stamp:

@@ -9,7 +9,8 @@ from pathlib import Path
 import grpc
 
 from dualray.actors.bearer_tokens import read_tokens
-from dualray.actors.tls_files import check_certificates, check_pair, read_pem
+from dualray.actors.tls_files import check_certificates, check_pair
+from dualray.actors.watched_files import read_named
 from dualray.errors import ConfigError, RunError
 
 _TLS_REASON = re.compile(r"andshake failed .*?OPENSSL_internal:(.*?)(?:: OK)?$")
@@ -57,11 +58,11 @@ def read_access(
         )
     ca_pem = None
     if ca is not None:
-        ca_pem = read_pem(ca, "--ca")
+        ca_pem = read_named(ca, "--ca")
         check_certificates(ca_pem, ca, "--ca")
     cert_pem = key_pem = None
     if cert is not None and key is not None:
-        cert_pem, key_pem = read_pem(cert, "--cert"), read_pem(key, "--key")
+        cert_pem, key_pem = read_named(cert, "--cert"), read_named(key, "--key")
         check_pair(cert, key, "--cert", "--key")
     token = None if token_file is None else read_tokens(token_file, "--token-file")[0]
     return Access(ca=ca_pem, cert=cert_pem, key=key_pem, token=token)
