@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.spans import SpanTuple
 
 
@@ -15,9 +16,8 @@ class StepResult:
     `bubble` and `exposed_communication` are shares of the walk, from its start to the end of the
     last worker's, averaged over the workers: what each waited for other pipeline ranks or was
     done already, and what it waited for expert ranks with nothing to compute.
-    `slot_rows` are the rows that this worker's slots were sent, `expert_s` the seconds in which its
-    routed experts computed on them in forwards, both by layer. `cross_node_bytes` is what it sent
-    to expert ranks on other nodes in its forwards and backwards, counts included.
+    `work` is what this worker's routed experts did, `cross_node_bytes` what it sent to expert ranks
+    on other nodes in its forwards and backwards, counts included.
     `spans` are what this worker did when.
     """
 
@@ -31,8 +31,7 @@ class StepResult:
     step_time_s: float
     loads: dict[int, list[int]]
     max_vio: dict[int, float]
-    slot_rows: dict[int, list[int]]
-    expert_s: dict[int, float]
+    work: ExpertWork
     cross_node_bytes: int
     spans: list[SpanTuple]
 

@@ -201,6 +201,8 @@ class Trainer:
         targets = self._count_targets(batches)
         sums = self.executor.run(self.schedule, batches, self._objective(targets), timed=timed)
         crossed = self._crossed_nodes() - crossed
+        if self.layout.experts == 1:
+            self.meter.rows.update(sums.loads)  # all experts are here, each in its slot
         work = self.meter.take()
         with sums.spans.noted("sum gradients", OPTIMIZER):
             self.experts.send_gradients_home()
@@ -293,8 +295,7 @@ class Trainer:
             step_time_s=time.perf_counter() - started,
             loads={layer: load.tolist() for layer, load in loads.items()},
             max_vio={layer: max_violation(load) for layer, load in loads.items()},
-            slot_rows=work.slot_rows or {k: load.tolist() for k, load in sums.loads.items()},
-            expert_s=work.seconds,
+            work=work,
             cross_node_bytes=crossed,
             spans=sums.spans.taken,
         )

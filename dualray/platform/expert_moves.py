@@ -10,7 +10,6 @@ import torch
 from dualray.actors.gang import Gang
 from dualray.actors.stage_worker import WorkerInfo
 from dualray.errors import ConfigError
-from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.layout import Layout, holders
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.proposal import Proposal
@@ -79,7 +78,7 @@ class ExpertMoves:
                 has_state=True,
             )
         left = self._last_step - step
-        proposal = self._rebalancing.saw(works_of(results), step=step, left=left)
+        proposal = self._rebalancing.saw([each.work for each in results], step=step, left=left)
         if proposal is not None:
             self._carry_out(proposal, step)
 
@@ -112,14 +111,9 @@ class ExpertMoves:
         )
 
 
-def works_of(results: Sequence[StepResult]) -> list[ExpertWork]:
-    """What each worker's experts did in a step, by world rank."""
-    return [ExpertWork(slot_rows=each.slot_rows, seconds=each.expert_s) for each in results]
-
-
 def imbalance(layout: Layout, results: Sequence[StepResult]) -> float | None:
     """Rows of the fullest expert rank over the mean, in the worst layer; None without experts."""
-    return max(rank_imbalance(layout, works_of(results)).values(), default=None)
+    return max(rank_imbalance(layout, [each.work for each in results]).values(), default=None)
 
 
 def rebalancing_of(

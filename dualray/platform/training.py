@@ -201,7 +201,7 @@ class Training:
         self, results: list[StepResult], step: int, elapsed_s: float, heldout: HeldOut | None
     ) -> StepMetrics:
         phase, first, layout = self._phase, results[0], self.arrangement.layout
-        seconds = [sum(result.expert_s.values()) for result in results]
+        seconds = [sum(result.work.seconds.values()) for result in results]
         crossed = sum(result.cross_node_bytes for result in results)
         max_vio: dict[int, float] = {}
         for result in results:
@@ -243,7 +243,7 @@ class Training:
 
     def _tokens_by_place(self, results: list[StepResult]) -> dict[Place, int]:
         """What each expert computed in a step on which expert rank and node."""
-        slot_rows = [result.slot_rows for result in results]
+        slot_rows = [result.work.slot_rows for result in results]
         if not any(slot_rows):
             return {}
         layout = self.arrangement.layout

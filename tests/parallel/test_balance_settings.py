@@ -51,7 +51,7 @@ def train(rank: int, model, layout: Layout, ports: dict[str, int]) -> dict:
             }
             rows = {
                 (layer, expert): count
-                for layer, counts in result.slot_rows.items()
+                for layer, counts in result.work.slot_rows.items()
                 for expert, count in zip(held[layer], counts, strict=True)
             }
             steps.append((figures, result.loads, biases_of(trainer), rows))

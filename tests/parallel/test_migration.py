@@ -69,10 +69,10 @@ def run_one(
             kept.append((before, _state(trainer), len(moved.layers), moved.received_bytes))
         result = trainer.step(step, tokens_for(MODEL, train))
         losses.append((result.loss, result.grad_norm))
-        rows = {layer: sum(counts) for layer, counts in result.slot_rows.items()}
-        assert set(result.expert_s) == set(rows)
+        rows = {layer: sum(counts) for layer, counts in result.work.slot_rows.items()}
+        assert set(result.work.seconds) == set(rows)
         assert result.cross_node_bytes == 0
-        assert all(seconds > 0 for layer, seconds in result.expert_s.items() if rows[layer])
+        assert all(seconds > 0 for layer, seconds in result.work.seconds.items() if rows[layer])
     weights = {
         layer: [weight.detach().double().numpy().copy() for weight in experts.parameters()]
         for layer, experts in trainer.held.experts().items()

@@ -59,7 +59,7 @@ def skewed_run(rank: int, port: int, moves: bool) -> list:
     found = []
     for step in range(9):
         result = trainer.step(step, tokens_for(MODEL, TRAIN))
-        work = ExpertWork(slot_rows=result.slot_rows, seconds=result.expert_s)
+        work = result.work
         works: list = [None] * LAYOUT.world_size
         torch.distributed.all_gather_object(works, work, group=told)
         assert {k: v.tolist() for k, v in loads_of(trainer.placement, LAYOUT, works).items()} == (

@@ -20,6 +20,7 @@ from dualray.actors.stage_worker import WorkerInfo
 from dualray.checkpoint.store import find
 from dualray.checkpoint.writer import Piece, write_rank
 from dualray.errors import ResourceError, RunError
+from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.platform import controller as module
@@ -76,7 +77,7 @@ def result(step: int) -> StepResult:
     return StepResult(
         loss=float(step), mtp_loss=[], balance_loss=0.0, grad_norm=1.0, lr=0.1, bubble=0.0,
         exposed_communication=0.0, step_time_s=0.1, loads={}, max_vio={},
-        slot_rows={}, expert_s={}, cross_node_bytes=0, spans=[],
+        work=ExpertWork(slot_rows={}, seconds={}), cross_node_bytes=0, spans=[],
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from dualray.checkpoint.reader import Reader
 from dualray.checkpoint.writer import Piece, write_rank
 from dualray.data.dataset import TokenDataset
 from dualray.errors import CheckpointError, ConfigError, DataError
+from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.phases import phase_at
 from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.step_result import HeldOut, StepResult
@@ -74,7 +75,7 @@ class FakeGang:
             result = StepResult(
                 loss=float(self.steps), mtp_loss=[], balance_loss=0.0, grad_norm=1.0, lr=0.1,
                 bubble=0.0, exposed_communication=0.0, step_time_s=0.1, loads={}, max_vio={},
-                slot_rows={}, expert_s={}, cross_node_bytes=0, spans=[],
+                work=ExpertWork(slot_rows={}, seconds={}), cross_node_bytes=0, spans=[],
             )  # fmt: skip
             return [result]
         return [None]

@@ -15,6 +15,7 @@ from dualray.checkpoint.writer import Piece, write_rank
 from dualray.data.dataset import TokenDataset
 from dualray.errors import RunError
 from dualray.parallel.balance import max_violation
+from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.layout import Layout
 from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.step_result import HeldOut, StepResult
@@ -75,7 +76,8 @@ class FakeGang:
             exposed_communication=0.0, step_time_s=0.1,
             loads={layer: load.tolist() for layer, load in loads.items()},
             max_vio={k: max_violation(torch.from_numpy(load)) for k, load in loads.items()},
-            slot_rows=self.rows(step, worker), expert_s={}, cross_node_bytes=0, spans=[],
+            work=ExpertWork(slot_rows=self.rows(step, worker), seconds={}),
+            cross_node_bytes=0, spans=[],
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from dualray.actors.gang import WorkerLostError
 from dualray.actors.stage_worker import WorkerInfo
 from dualray.errors import ConfigError
 from dualray.parallel.expert_groups import Moved
+from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.slots import from_plain
 from dualray.parallel.step_result import StepResult
@@ -53,8 +54,10 @@ def results(run: RunFile, hot: float) -> list[StepResult]:
         StepResult(
             loss=1.0, mtp_loss=[], balance_loss=0.0, grad_norm=1.0, lr=0.1, bubble=0.0,
             exposed_communication=0.0, step_time_s=0.1, loads={}, max_vio={}, spans=[],
-            slot_rows=dict.fromkeys(layers, rows[rank % 2]),
-            expert_s=dict.fromkeys(layers, sum(rows[rank % 2]) / 1e4),
+            work=ExpertWork(
+                slot_rows=dict.fromkeys(layers, rows[rank % 2]),
+                seconds=dict.fromkeys(layers, sum(rows[rank % 2]) / 1e4),
+            ),
             cross_node_bytes=0,
         )
         for rank in range(4)
@@ -141,9 +144,10 @@ def test_what_is_to_know_about_nodes_is_said_once(tmp_path: Path) -> None:
             run.train, steps=100)
     )  # fmt: skip
     experts, events = moves(run, FakeGang(), tmp_path, NodeMap.of([0, 1]))
+    rows = dict.fromkeys(run.model.moe_layers, [100] * 6)
     for step in (1, 2, 3):
         each = [
-            replace(result, slot_rows=dict.fromkeys(run.model.moe_layers, [100] * 6))
+            replace(result, work=replace(result.work, slot_rows=rows))
             for result in results(run, 1.0)
         ]
         experts.after(each, step, run.layout, schedule_of(run))

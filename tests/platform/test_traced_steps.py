@@ -11,6 +11,7 @@ from support.runs import make_corpus, write_run_file
 
 from dualray.checkpoint.writer import Piece, write_rank
 from dualray.data.dataset import TokenDataset
+from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.layout import Layout
 from dualray.parallel.slots import contiguous_placement
 from dualray.parallel.spans import COMPUTE, SpanTuple
@@ -63,7 +64,7 @@ def _result(spans: list[SpanTuple]) -> StepResult:
     return StepResult(
         loss=1.0, mtp_loss=[], balance_loss=0.0, grad_norm=1.0, lr=0.1, bubble=0.25,
         exposed_communication=0.125, step_time_s=0.1, loads={}, max_vio={},
-        slot_rows={}, expert_s={}, cross_node_bytes=0, spans=spans,
+        work=ExpertWork(slot_rows={}, seconds={}), cross_node_bytes=0, spans=spans,
     )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dualray.model.moe import Experts
 from dualray.parallel.expert_groups import Moved
-from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.experts_config import ExpertsConfig
 from dualray.parallel.groups import Rendezvous, host_rendezvous
 from dualray.parallel.layout import Layout
@@ -171,7 +170,7 @@ class _Worker:
             if self.rebalancing is None:
                 continue
             # Every process decides for itself, and all alike, since all know what each has done.
-            works = _gather(ExpertWork(slot_rows=result.slot_rows, seconds=computed_s), self.layout)
+            works = _gather(replace(result.work, seconds=computed_s), self.layout)
             proposal = self.rebalancing.saw(works, step=number + 1)
             if proposal is None:
                 continue
@@ -203,9 +202,9 @@ def _step(result: StepResult, computed_s: dict[int, float]) -> Step:
     return Step(
         loss=result.loss,
         step_s=result.step_time_s,
-        rows={layer: sum(rows) for layer, rows in result.slot_rows.items()},
+        rows={layer: sum(rows) for layer, rows in result.work.slot_rows.items()},
         computed_s=computed_s,
-        wall_s=result.expert_s,
+        wall_s=result.work.seconds,
     )
 
 
