@@ -9,12 +9,9 @@ unless the caller asked for codes with Triton's `triton_grpc_error` metadata.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
-
-import grpc
 
 import dualray
 from dualray.actors.completion import Completion
@@ -28,31 +25,20 @@ from dualray.actors.infer_messages import (
     parse_call,
 )
 from dualray.actors.merged_completions import merged
-from dualray.errors import RequestError
-from dualray.inference.request import (
-    DeadlineError,
-    ModelNotFoundError,
-    NotServingError,
-    NoWeightsError,
-    QueueFullError,
-    ServerFaultError,
+from dualray.actors.refusals import (
+    Context,
+    refusal_of,
+    refuse,
+    sentence_of,
+    set_trailer,
+    status_of,
 )
+from dualray.errors import RequestError
+from dualray.inference.request import ModelNotFoundError
 from dualray.proto import inference_pb2 as pb
 from dualray.proto import inference_pb2_grpc as pb_grpc
 
 PLATFORM = "dualray"
-_MAX_SENTENCE = 1000  # statuses travel in headers, which clients limit to 8 KiB
-_log = logging.getLogger(__name__)
-
-_CODES: dict[type[RequestError], grpc.StatusCode] = {
-    ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
-    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    NotServingError: grpc.StatusCode.UNAVAILABLE,
-    NoWeightsError: grpc.StatusCode.FAILED_PRECONDITION,
-    DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
-    ServerFaultError: grpc.StatusCode.INTERNAL,
-    RequestError: grpc.StatusCode.INVALID_ARGUMENT,
-}
 
 _DATA_TYPES = {
     "BYTES": pb.TYPE_STRING,
@@ -61,33 +47,10 @@ _DATA_TYPES = {
     "UINT32": pb.TYPE_UINT32,
 }
 
-Context = grpc.aio.ServicerContext
-
 
 def _cancel(completions: list[Completion]) -> None:
     for completion in completions:
         completion.cancel()
-
-
-def status_of(error: RequestError) -> grpc.StatusCode:
-    """The gRPC code that a refusal travels as."""
-    return _CODES[type(error)]
-
-
-def _refusal(error: Exception) -> RequestError:
-    """The error as the caller gets it; what is no refusal is our own fault and is logged."""
-    if isinstance(error, RequestError):
-        return error
-    _log.exception("a request failed", exc_info=error)
-    return ServerFaultError(
-        f"the server failed with {type(error).__name__}", hint="see the engine's log"
-    )
-
-
-def _sentence(refusal: RequestError) -> str:
-    """What the caller reads. It may quote the request, so it is cut to what a status can carry."""
-    text = str(refusal).encode(errors="replace").decode()
-    return text if len(text) <= _MAX_SENTENCE else f"{text[: _MAX_SENTENCE - 3]}..."
 
 
 class _StreamFailedError(Exception):
@@ -107,7 +70,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
-        self._set_trailer(context)
+        set_trailer(context, self._engine)
         try:
             self._check_model(request.model_name, request.model_version)
             call = parse_call(request, one_answer=True)
@@ -115,14 +78,13 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             async with aclosing(self._answers(call, completions)) as answers:
                 return await anext(answers)
         except Exception as error:
-            refusal = _refusal(error)
-            await context.abort(status_of(refusal), _sentence(refusal))
+            await refuse(context, error)
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> None:
         """Starts every message's completion as it comes; their answers interleave."""
-        self._set_trailer(context)
+        set_trailer(context, self._engine)
         metadata = dict(context.invocation_metadata() or ())
         as_status = metadata.get("triton_grpc_error") == "true"
         writing = asyncio.Lock()
@@ -141,7 +103,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             assert isinstance(first, _StreamFailedError)
             refusal = first.error
         if refusal is not None:
-            await context.abort(status_of(refusal), _sentence(refusal))
+            await refuse(context, refusal)
 
     async def _stream(
         self,
@@ -157,10 +119,10 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
                 async for response in answers:
                     await write(pb.ModelStreamInferResponse(infer_response=response))
         except Exception as error:
-            refusal = _refusal(error)
+            refusal = refusal_of(error)
             if as_status:
                 raise _StreamFailedError(refusal) from None
-            sentence = f"{status_of(refusal).name}: {_sentence(refusal)}"
+            sentence = f"{status_of(refusal).name}: {sentence_of(refusal)}"
             response = pb.ModelStreamInferResponse(error_message=sentence)
             response.infer_response.id = request.id
             response.infer_response.model_name = self._engine.model_name
@@ -324,15 +286,4 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         try:
             self._check_model(name, version)
         except ModelNotFoundError as error:
-            await context.abort(status_of(error), _sentence(error))
-
-    def _set_trailer(self, context: Context) -> None:
-        """Says who answered, refusals included."""
-        weights = self._engine.weights
-        context.set_trailing_metadata(
-            (
-                ("dualray-model", self._engine.model_name),
-                ("dualray-training-step", str(weights.training_step)),
-                ("dualray-weight-digest", weights.digest),
-            )
-        )
+            await refuse(context, error)
