@@ -26,8 +26,9 @@ from dualray.data.dataset import TokenDataset
 from dualray.data.loader import Loader
 from dualray.errors import RunError
 from dualray.inference.plan import Sampled, StepPlan
-from dualray.inference.runner import PipelineTransport, StageRunner, StepRunner
 from dualray.inference.scheduler import Limits
+from dualray.inference.stage_runner import StageRunner
+from dualray.inference.step_runner import PipelineTransport, StepRunner
 from dualray.parallel.expert_groups import Moved
 from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.experts_config import ExpertsConfig

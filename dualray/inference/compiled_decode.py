@@ -42,7 +42,7 @@ class CompiledDecode:
     ) -> None:
         self._stage, self._cache, self._dispatch = stage, cache, dispatch
         self._padding = SequencePlan(
-            request_id="", ids=(0,), first_position=0, block_table=(padding_block,), sample=None
+            request_id="", ids=(0,), first_position=0, block_table=(padding_block,), samples=()
         )
         self._sizes = [2**i for i in range((max_batch - 1).bit_length() + 1)]
         self._steps = {

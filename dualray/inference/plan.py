@@ -47,7 +47,7 @@ class Adjustment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleSpec:
-    """How to choose the token after the last one that runs."""
+    """How to choose the token behind a row."""
 
     position: int
     """Position of the token to choose; with `seed` it fixes the random number."""
@@ -73,8 +73,9 @@ class SequencePlan:
     """Position of ids[0]; everything before it is in the cache."""
     block_table: tuple[int, ...]
     """Block ids in order of position; covers first_position + len(ids) tokens or more."""
-    sample: SampleSpec | None
-    """None while a part of the prompt is still to come."""
+    samples: tuple[SampleSpec, ...]
+    """How to choose the token behind each of the last rows, one by one; none while a part of the
+    prompt is still to come."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +99,10 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampled:
-    """The token chosen for one request. Log-probabilities are of the unscaled logits."""
+    """A token chosen for a request, whose tokens come in order.
+
+    Log-probabilities are of the unscaled logits.
+    """
 
     request_id: str
     token_id: int

@@ -233,7 +233,7 @@ class Scheduler:
                     ids=tuple(sequence.ids[first : sequence.num_run]),
                     first_position=first,
                     block_table=sequence.blocks,
-                    sample=self._sample_spec(sequence) if complete else None,
+                    samples=(self._sample_spec(sequence),) if complete else (),
                 )
             )
         return tuple(planned)

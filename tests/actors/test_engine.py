@@ -38,7 +38,7 @@ class Script:
         return [
             Sampled(
                 request_id=s.request_id,
-                token_id=self.text[(s.sample.position - 1) % len(self.text)],
+                token_id=self.text[(s.samples[-1].position - 1) % len(self.text)],
                 logprob=-0.5,
                 rank=1,
             )

@@ -16,9 +16,10 @@ from dualray.actors.engine_actor import EngineActor
 from dualray.data.tokenizer import ByteTokenizer
 from dualray.errors import ConfigError, RequestError, ResourceError
 from dualray.inference.request import SamplingParams
-from dualray.inference.runner import StageRunner, StepRunner
 from dualray.inference.scheduler import owners
 from dualray.inference.serve_config import ServeConfig
+from dualray.inference.stage_runner import StageRunner
+from dualray.inference.step_runner import StepRunner
 from dualray.model.moe import LocalDispatch
 from dualray.platform.client import Client
 

@@ -7,8 +7,8 @@ from support.models import attention_changes, tiny_config, whole_model
 
 from dualray.inference import compiled_decode
 from dualray.inference.plan import SampleSpec, SequencePlan
-from dualray.inference.runner import StageRunner
 from dualray.inference.serve_config import MAX_COMPILED
+from dualray.inference.stage_runner import StageRunner
 from dualray.model.moe import LocalDispatch
 from dualray.model.stage import Stage
 
@@ -19,7 +19,7 @@ def plan(name, ids, first, table) -> SequencePlan:
     spec = SampleSpec(position=first + len(ids), seed=0, temperature=0.0, top_p=1.0, top_k=0,
                       min_p=0.0, logprobs=3)  # fmt: skip
     return SequencePlan(
-        request_id=name, ids=ids, first_position=first, block_table=table, sample=spec
+        request_id=name, ids=ids, first_position=first, block_table=table, samples=(spec,)
     )
 
 

@@ -6,7 +6,8 @@ from support.models import tiny_config, training_context, whole_model
 
 from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBatch
 from dualray.inference.plan import Owner, SampleSpec, SequencePlan, StepPlan
-from dualray.inference.runner import StageRunner, StepRunner
+from dualray.inference.stage_runner import StageRunner
+from dualray.inference.step_runner import StepRunner
 from dualray.model.attention import CausalAttention, HeadsQuery, LatentQuery
 from dualray.model.context import ForwardContext, RoutingTape
 from dualray.model.init import logical_tensors
@@ -34,7 +35,7 @@ def sequence(name, ids, first, table, sample=True) -> SequencePlan:
         ids=tuple(ids),
         first_position=first,
         block_table=tuple(table),
-        sample=spec if sample else None,
+        samples=(spec,) if sample else (),
     )
 
 

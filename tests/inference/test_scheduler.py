@@ -34,12 +34,12 @@ def answer(plan: StepPlan, token: int = 9) -> list[Sampled]:
         Sampled(request_id=s.request_id, token_id=token, logprob=-1.0, rank=1)
         for sequences in plan.owners.values()
         for s in sequences
-        if s.sample is not None
+        if s.samples
     ]
 
 
 def adjustment(plan: StepPlan) -> Adjustment | None:
-    return plan.owners[ONE[0]][0].sample.adjust
+    return plan.owners[ONE[0]][0].samples[-1].adjust
 
 
 def ids_by_request(plan: StepPlan) -> dict[str, tuple[int, ...]]:
@@ -152,8 +152,8 @@ def test_histories_are_not_shared():
         for name, token in (("a", 7), ("b", 8))
     )
     first, second = scheduler.plan().owners[ONE[0]]
-    assert first.sample.adjust.output_counts == ((7, 1),)
-    assert second.sample.adjust.output_counts == ((8, 1),)
+    assert first.samples[-1].adjust.output_counts == ((7, 1),)
+    assert second.samples[-1].adjust.output_counts == ((8, 1),)
 
 
 def test_a_name_that_comes_again_begins_anew():
@@ -243,14 +243,14 @@ def test_a_long_prompt_runs_in_parts_and_does_not_stall_running_ones():
     scheduler.add(request("b", range(1, 8)))
     plan = scheduler.plan()
     assert ids_by_request(plan) == {"a": (9,), "b": (1, 2, 3)}
-    assert plan.owners[ONE[0]][1].sample is None
+    assert plan.owners[ONE[0]][1].samples == ()
     scheduler.apply(answer(plan))
     plan = scheduler.plan()
     assert ids_by_request(plan) == {"a": (9,), "b": (4, 5, 6)}
     scheduler.apply(answer(plan))
     plan = scheduler.plan()
     assert ids_by_request(plan)["b"] == (7,)
-    assert plan.owners[ONE[0]][1].sample.position == 7
+    assert plan.owners[ONE[0]][1].samples[-1].position == 7
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,8 +16,9 @@ from support.training import make_trainer, tokens_for
 
 from dualray.inference.plan import Owner, StepPlan
 from dualray.inference.request import Request, SamplingParams
-from dualray.inference.runner import PipelineTransport, StageRunner, StepRunner
 from dualray.inference.scheduler import Limits, Scheduler, owners
+from dualray.inference.stage_runner import StageRunner
+from dualray.inference.step_runner import PipelineTransport, StepRunner
 from dualray.model.config import YarnConfig
 from dualray.model.context import RoutingTape
 from dualray.model.init import logical_tensors

@@ -14,7 +14,7 @@ from support.models import (
 
 from dualray.errors import ConfigError
 from dualray.inference.plan import SampleSpec, SequencePlan
-from dualray.inference.runner import StageRunner
+from dualray.inference.stage_runner import StageRunner
 from dualray.model.attention import HeadsQuery
 from dualray.model.config import ATTENTIONS
 from dualray.model.init import logical_tensors
@@ -83,7 +83,7 @@ def test_serving_gives_the_logits_of_training(kind):
             ids=tuple(ids[0, first:stop].tolist()),
             first_position=first,
             block_table=(2, 0, 3, 1),
-            sample=spec,
+            samples=(spec,),
         )
         (sampled,) = runner.run([plan], None).sampled
         row = expected[stop - 1].log_softmax(-1)

@@ -18,9 +18,10 @@ from dualray.actors.completion import Weights
 from dualray.actors.engine import Engine
 from dualray.actors.grpc_server import InferenceServer
 from dualray.data.tokenizer import ByteTokenizer
-from dualray.inference.runner import StageRunner, StepRunner
 from dualray.inference.scheduler import Limits, owners
 from dualray.inference.serve_config import ServeConfig
+from dualray.inference.stage_runner import StageRunner
+from dualray.inference.step_runner import StepRunner
 from dualray.model.moe import LocalDispatch
 
 LIMITS = Limits(num_blocks=64, block_size=4, max_batch=8, max_context=64, max_waiting=8)

@@ -15,7 +15,7 @@ from dualray.data.dataset import TokenDataset
 from dualray.errors import DataError
 from dualray.inference.block_pool import blocks_for
 from dualray.inference.plan import Sampled, SampleSpec, SequencePlan
-from dualray.inference.runner import StageRunner
+from dualray.inference.stage_runner import StageRunner
 from dualray.model.moe import LocalDispatch
 from dualray.model.stage import Stage
 
@@ -66,7 +66,7 @@ class Decoder:
             ids=tuple(self._ids[index][first:stop]),
             first_position=first,
             block_table=self._tables[index],
-            sample=greedy if samples else None,
+            samples=(greedy,) if samples else (),
         )
 
 

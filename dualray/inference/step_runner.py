@@ -1,122 +1,23 @@
 """A worker's part of a step: its stages over its owners' sequences.
 
-`StageRunner` runs one held stage copy. `StepRunner` walks a worker's stages in the order in
-which hidden states can arrive, and leaves the transport to two callables, so that the same
-code serves one process and a pipeline of workers.
+`StepRunner` walks a worker's stages in the order in which hidden states can arrive, and leaves
+the transport to two callables, so that the same code serves one process and a pipeline of
+workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dualray.inference.compiled_decode import CompiledDecode
-from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBatch
-from dualray.inference.plan import Owner, Sampled, SampleSpec, SequencePlan, StepPlan
-from dualray.inference.sampler import sample
-from dualray.model.context import ExpertDispatch, ForwardContext, RoutingTape
-from dualray.model.stage import Stage
+from dualray.inference.plan import Owner, Sampled, StepPlan
+from dualray.inference.stage_runner import StageRunner
 from dualray.parallel.groups import FORWARD
 from dualray.parallel.p2p import PipelineLinks
 from dualray.schedule.actions import Schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageOutput:
-    """What the next stage reads (T, D), and the tokens that the last one chose."""
-
-    hidden_TD: Tensor
-    sampled: list[Sampled]
-
-
-class StageRunner:
-    """One held stage with its latent cache. Runs without gradients.
-
-    `dispatch` is the direction's own. A stage that gets no sequences still runs its layers
-    on zero tokens: the other expert ranks wait for it in every exchange. Decode steps of up to
-    `compile_batch` sequences are compiled here, once, which takes minutes; 0 for none.
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        dispatch: ExpertDispatch,
-        *,
-        num_blocks: int,
-        block_size: int,
-        compile_batch: int = 0,
-    ) -> None:
-        weight = stage.get_parameter(f"layers.{stage.layer_range.start}.self_attn.o_proj.weight")
-        self.stage = stage
-        self.device, self.dtype = weight.device, weight.dtype
-        self._dispatch = dispatch
-        self.cache = LatentCache(
-            stage.layer_range,
-            num_blocks=num_blocks + (compile_batch > 0),
-            block_size=block_size,
-            row_dim=stage.config.cache_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self._compiled: CompiledDecode | None = None
-        if compile_batch:
-            self._compiled = CompiledDecode(
-                stage, self.cache, dispatch, max_batch=compile_batch, padding_block=num_blocks
-            )
-            self._compiled.warm_up()
-
-    @torch.inference_mode()
-    def run(
-        self,
-        sequences: Sequence[SequencePlan],
-        hidden_TD: Tensor | None,
-        tape: RoutingTape | None = None,
-    ) -> StageOutput:
-        """Runs the sequences' new tokens; `hidden_TD` is None for the first stage.
-
-        `tape` records or replays the expert choices of this call's T rows.
-        """
-        if self._compiled is not None and tape is None and self._compiled.takes(sequences):
-            out = self._compiled.run(sequences, hidden_TD)
-            ends, asked = _asked(sequences)
-            sampled = sample(out[ends], asked) if self.stage.is_last and asked else []
-            return StageOutput(hidden_TD=out, sampled=sampled)
-        batch = PagedBatch.build(sequences, self.cache.block_size, self.device)
-        ctx = ForwardContext(
-            positions_T=batch.positions_T,
-            seq_lens=batch.seq_lens,
-            attention=PagedAttention(self.cache, batch),
-            dispatch=self._dispatch,
-            tape=tape,
-        )
-        if self.stage.is_first:
-            ids = [token for sequence in sequences for token in sequence.ids]
-            ids_T = torch.tensor(ids, dtype=torch.int64, device=self.device)
-            hidden_TD = self.stage.embed(ids_T, ctx)
-        assert hidden_TD is not None, "only the first stage has no input"
-        hidden_TD = self.stage(hidden_TD, ctx)
-        ends, asked = _asked(sequences)
-        sampled: list[Sampled] = []
-        if self.stage.is_last and asked:
-            sampled = sample(self.stage.logits(hidden_TD[ends], ctx), asked)
-        return StageOutput(hidden_TD=hidden_TD, sampled=sampled)
-
-
-def _asked(sequences: Sequence[SequencePlan]) -> tuple[list[int], list[tuple[str, SampleSpec]]]:
-    """Last row of every sequence that has all its tokens, and how to choose its next one."""
-    ends: list[int] = []
-    asked = []
-    stop = 0
-    for sequence in sequences:
-        stop += len(sequence.ids)
-        if sequence.sample is not None:
-            ends.append(stop - 1)
-            asked.append((sequence.request_id, sequence.sample))
-    return ends, asked
 
 
 class Transport(Protocol):
