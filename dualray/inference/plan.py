@@ -63,6 +63,16 @@ class SampleSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSpec:
+    """Prompt tokens to score, given those before them."""
+
+    targets: tuple[int, ...]
+    """The token behind each of a sequence's first rows, one by one."""
+    logprobs: int
+    """Alternatives to report per token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SequencePlan:
     """Tokens of one request to run in this step."""
 
@@ -76,6 +86,8 @@ class SequencePlan:
     samples: tuple[SampleSpec, ...]
     """How to choose the token behind each of the last rows, one by one; none while a part of the
     prompt is still to come."""
+    prompt: PromptSpec | None = None
+    """None scores no prompt tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,3 +123,21 @@ class Sampled:
     """How many tokens are at least as likely, itself included: 1 is the likeliest."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest (id, log-probability) pairs, when asked for, likeliest first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptScored:
+    """What the model gave a part of a prompt.
+
+    Parts come in order; one that was run twice comes twice.
+    """
+
+    request_id: str
+    first_position: int
+    """Position of the first token told of, 1 or more: nothing comes before the prompt's first."""
+    tokens: tuple[Sampled, ...]
+    """The prompt's tokens as if they had been chosen."""
+
+
+Outcome = Sampled | PromptScored
+"""What a step hands back, part by part."""

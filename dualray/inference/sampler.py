@@ -40,25 +40,27 @@ def sample(logits_BV: Tensor, rows: Sequence[tuple[str, SampleSpec]]) -> list[Sa
     if drawn:
         chosen_B[drawn] = _draw(scores_BV[drawn], [rows[row][1] for row in drawn])
 
-    picked_B1 = logprobs_BV.gather(1, chosen_B[:, None])
+    return report(logprobs_BV, chosen_B, [(name, spec.logprobs or 0) for name, spec in rows])
+
+
+def report(logprobs_BV: Tensor, tokens_B: Tensor, rows: Sequence[tuple[str, int]]) -> list[Sampled]:
+    """What is told of a token per row; `rows` are (request id, alternatives to report)."""
+    picked_B1 = logprobs_BV.gather(1, tokens_B[:, None])
     ranks = (logprobs_BV >= picked_B1).sum(dim=-1).tolist()
-    width = max((spec.logprobs or 0) for _, spec in rows)
+    width = max(num_top for _, num_top in rows)
     top = torch.topk(logprobs_BV, min(width, logprobs_BV.shape[1]), dim=-1)
     top_ids, top_values = top.indices.tolist(), top.values.tolist()
-    tokens, picked = chosen_B.tolist(), picked_B1.squeeze(1).tolist()
-    result = []
-    for row, (request_id, spec) in enumerate(rows):
-        pairs = zip(top_ids[row], top_values[row])
-        result.append(
-            Sampled(
-                request_id=request_id,
-                token_id=tokens[row],
-                logprob=picked[row],
-                rank=ranks[row],
-                top=tuple(pairs)[: spec.logprobs or 0],
-            )
+    tokens, picked = tokens_B.tolist(), picked_B1.squeeze(1).tolist()
+    return [
+        Sampled(
+            request_id=request_id,
+            token_id=tokens[row],
+            logprob=picked[row],
+            rank=ranks[row],
+            top=tuple(zip(top_ids[row], top_values[row]))[:num_top],
         )
-    return result
+        for row, (request_id, num_top) in enumerate(rows)
+    ]
 
 
 def _scores(
