@@ -12,6 +12,8 @@ from typing import Any
 import grpc
 from prometheus_client import CollectorRegistry, Counter
 
+from dualray.actors.grpc_handlers import run_of, with_run
+
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 _TYPES = {
     (False, False): "unary",
@@ -54,18 +56,7 @@ class CallCounter(grpc.aio.ServerInterceptor):
         details: Any = handler_call_details
         _, service, method = details.method.split("/", 2)
         labels = (_TYPES[handler.request_streaming, handler.response_streaming], service, method)
-        if handler.request_streaming:
-            if handler.response_streaming:
-                make, run = grpc.stream_stream_rpc_method_handler, handler.stream_stream
-            else:
-                make, run = grpc.stream_unary_rpc_method_handler, handler.stream_unary
-        elif handler.response_streaming:
-            make, run = grpc.unary_stream_rpc_method_handler, handler.unary_stream
-        else:
-            make, run = grpc.unary_unary_rpc_method_handler, handler.unary_unary
-        return make(
-            self._counted(run, labels), handler.request_deserializer, handler.response_serializer
-        )
+        return with_run(handler, self._counted(run_of(handler), labels))
 
     def _counted(self, run: Callable[..., Any], labels: tuple[str, ...]) -> Callable[..., Any]:
         """`run` as the same kind of function: the server looks at which one it is."""

@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from dualray.actors.engine import Engine, EngineState
+from dualray.actors.grpc_malformed import RefuseMalformed
 from dualray.actors.grpc_security import OwnAccess, Security
 from dualray.actors.grpc_service import InferenceService
 from dualray.errors import ResourceError
@@ -43,7 +44,7 @@ class InferenceServer:
         self._security = Security(config)
         self._own_access: OwnAccess | None = None
         self._server = grpc.aio.server(
-            interceptors=(engine.metrics.calls, *self._security.interceptors),
+            interceptors=(engine.metrics.calls, *self._security.interceptors, RefuseMalformed()),
             options=(
                 *SERVER_OPTIONS,
                 ("grpc.max_receive_message_length", config.max_message_bytes),
