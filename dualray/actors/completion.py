@@ -36,6 +36,9 @@ class Completion:
 
     The engine's side calls `take` and `fail`, and notes when what happened: `started_ns` is the
     first step that ran the request. Nanoseconds of the monotonic clock, None before.
+
+    With `every_token` a token comes as soon as it is made, for readers who make the text
+    themselves; its text follows when it may be shown.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class Completion:
         text: IncrementalText,
         weights: Weights,
         on_cancel: Callable[[Completion], None],
+        *,
+        every_token: bool = False,
     ) -> None:
         self.request = request
         self.weights = weights
@@ -54,6 +59,7 @@ class Completion:
         self.timer: asyncio.TimerHandle | None = None
         self._text = text
         self._on_cancel = on_cancel
+        self._every_token = every_token
         self._num_tokens = 0
         self._held: list[Sampled] = []
         self._items: asyncio.Queue[Delta | Exception] = asyncio.Queue()
@@ -86,10 +92,16 @@ class Completion:
         """Ends the request and frees its blocks at once; nothing happens if it has ended."""
         self._on_cancel(self)
 
+    def abort(self) -> None:
+        """Cancels for somebody else than the reader, whose stream ends with finish `abort`."""
+        self.cancel()
+        # What has ended before is read up to its own end, and this never.
+        self._items.put_nowait(Delta(text="", tokens=tuple(self._held), finish=FinishReason.ABORT))
+
     def take(self, progress: Progress) -> FinishReason | None:
         """Adds a token; returns why the completion has ended, if it has.
 
-        Tokens whose text may not be shown yet are held for the next delta.
+        Tokens whose text may not be shown yet are held for the next delta, but for `every_token`.
         """
         finish = progress.finish
         self._num_tokens += 1
@@ -102,7 +114,7 @@ class Completion:
             finish = FinishReason.STOP
         elif finish is not None:
             piece += self._text.finish()
-        if piece or finish is not None:
+        if piece or finish is not None or self._every_token:
             delta = Delta(
                 text=piece,
                 tokens=tuple(self._held),

@@ -14,14 +14,15 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import StrEnum
 
 from dualray.actors.completion import Completion, Weights
 from dualray.actors.metrics import EngineMetrics, EngineStats
+from dualray.actors.prompt_ids import prompt_ids_of
 from dualray.data.tokenizer import Tokenizer
 from dualray.inference.detokenizer import IncrementalText
-from dualray.inference.plan import Owner, Sampled, StepPlan
+from dualray.inference.plan import Outcome, Owner, PromptScored, StepPlan
 from dualray.inference.request import (
     DeadlineError,
     FinishReason,
@@ -31,7 +32,6 @@ from dualray.inference.request import (
     RequestError,
     SamplingParams,
     ServerFaultError,
-    check_prompt,
     check_token_ids,
 )
 from dualray.inference.scheduler import Limits, Scheduler
@@ -41,8 +41,8 @@ _log = logging.getLogger(__name__)
 BeforeStep = Callable[[], Awaitable[None]]
 """Called between steps, when no worker computes."""
 
-RunStep = Callable[[StepPlan], Awaitable[Iterable[Sampled]]]
-"""Runs a step on all workers and returns the tokens that the last stages chose."""
+RunStep = Callable[[StepPlan], Awaitable[Iterable[Outcome]]]
+"""Runs a step on all workers and returns what the last stages scored and chose."""
 
 
 class EngineState(StrEnum):
@@ -149,9 +149,16 @@ class Engine:
         return self.state
 
     def submit(
-        self, prompt: str, params: SamplingParams, timeout_s: float | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        timeout_s: float | None = None,
+        *,
+        every_token: bool = False,
     ) -> Completion:
-        """Queues a request; it joins the next step.
+        """Queues a request, of text or token ids; it joins the next step.
+
+        `every_token` makes tokens come as they are made, before their text may be shown.
 
         Raises:
             RequestError: prompt or parameters break a rule.
@@ -159,8 +166,7 @@ class Engine:
         """
         self._check_state()
         check_token_ids(params, self.tokenizer.vocab_size)
-        prompt_ids = tuple(self.tokenizer.encode(prompt))
-        check_prompt(prompt_ids, self.limits.max_context)
+        prompt_ids = prompt_ids_of(prompt, self.tokenizer, self.limits.max_context)
         loop = asyncio.get_running_loop()
         time_left = min(self._max_request_s, math.inf if timeout_s is None else timeout_s)
         deadline = loop.time() + time_left
@@ -175,7 +181,7 @@ class Engine:
             self.tokenizer, stop=params.stop, include_stop=params.include_stop_str_in_output
         )
         self.scheduler.add(request)
-        completion = Completion(request, text, self.weights, self._cancel)
+        completion = Completion(request, text, self.weights, self._cancel, every_token=every_token)
         completion.timer = loop.call_at(deadline, self._expire, deadline)
         self._completions[request.request_id] = completion
         self.stats.prompt_tokens += len(prompt_ids)
@@ -222,18 +228,24 @@ class Engine:
             self.stats.num_steps += 1
             self._hand_out(results)
 
-    def _hand_out(self, results: list[Sampled]) -> None:
+    def _hand_out(self, results: list[Outcome]) -> None:
         now_ns = time.monotonic_ns()
-        for sampled in results:
-            if math.isnan(sampled.logprob):
+        for outcome in results:
+            if outcome.is_nan():
                 self._drop(
-                    sampled.request_id,
+                    outcome.request_id,
                     ServerFaultError(
                         "the model gave NaN instead of a token's probability",
                         hint="report it with the run file and the training step",
                     ),
                 )
-        for progress in self.scheduler.apply(results):
+        sampled: list[Sampled] = []
+        for outcome in results:
+            if isinstance(outcome, Sampled):
+                sampled.append(outcome)
+            elif (completion := self._completions.get(outcome.request_id)) is not None:
+                completion.take_prompt(outcome)
+        for progress in self.scheduler.apply(sampled):
             completion = self._completions[progress.request_id]
             self.stats.generation_tokens += 1
             self.metrics.add_token(completion, now_ns)

@@ -39,7 +39,6 @@ MAX_N = 128
 
 NOT_OFFERED: Mapping[str, Any] = {
     "best_of": 1,
-    "prompt_logprobs": None,
     "bad_words": None,
     "allowed_token_ids": None,
     "detokenize": True,
@@ -132,6 +131,8 @@ class SamplingParams:
     """Keep the matched stop string in the text."""
     logprobs: int | None = None
     """Alternatives to report per token; 0 reports the chosen token only."""
+    prompt_logprobs: int | None = None
+    """Alternatives to report per prompt token but the first, beside it; None scores no prompt."""
 
     def __post_init__(self) -> None:
         require(1 <= self.n <= MAX_N, "n", self.n, f"must lie between 1 and {MAX_N}")
@@ -164,20 +165,28 @@ class SamplingParams:
             list(self.stop_token_ids),
             "must not contain a negative id",
         )
-        if self.logprobs is not None:
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
             require(
-                0 <= self.logprobs <= MAX_LOGPROBS,
-                "logprobs",
-                self.logprobs,
+                value is None or 0 <= value <= MAX_LOGPROBS,
+                name,
+                value,
                 f"must lie between 0 and {MAX_LOGPROBS}",
             )
 
     def each(self) -> list[SamplingParams]:
-        """Parameters of the n completions; seeds count up, and the first is the request's own."""
+        """Parameters of the n completions; seeds count up, and the first is the request's own.
+
+        The first one scores the prompt for all.
+        """
         if self.n == 1:
             return [self]
         seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
-        return [replace(self, n=1, seed=seed) for seed in seeds]
+        scores = [self.prompt_logprobs] + [None] * (self.n - 1)
+        return [
+            replace(self, n=1, seed=seed, prompt_logprobs=score)
+            for seed, score in zip(seeds, scores)
+        ]
 
     def _check_bias(self) -> None:
         bias = dict(self.logit_bias)
@@ -235,20 +244,20 @@ class Request:
         assert self.params.n == 1, "n completions are n requests"
 
 
-def check_prompt(prompt_ids: Sequence[int], max_context: int) -> None:
+def check_prompt(prompt_ids: Sequence[int], max_context: int, name: str = "text_input") -> None:
     """Refuses an empty prompt and one that leaves no room for a single new token."""
     if not prompt_ids:
         raise RequestError(
-            "text_input is empty and the model needs at least one token to continue",
+            f"{name} is empty and the model needs at least one token to continue",
             hint="send a prompt",
-            field="text_input",
+            field=name,
         )
     if len(prompt_ids) >= max_context:
         raise RequestError(
-            f"text_input has {len(prompt_ids)} tokens and must leave room for one more in the "
+            f"{name} has {len(prompt_ids)} tokens and must leave room for one more in the "
             f"context of {max_context}",
             hint=f"shorten the prompt to at most {max_context - 1} tokens",
-            field="text_input",
+            field=name,
         )
 
 
@@ -308,5 +317,6 @@ _PARSERS = {
     "ignore_eos": read_bool,
     "include_stop_str_in_output": read_bool,
     "logprobs": read_optional_int,
+    "prompt_logprobs": read_optional_int,
 }
 assert set(_PARSERS) == {f.name for f in fields(SamplingParams)}

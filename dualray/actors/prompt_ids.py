@@ -1,0 +1,33 @@
+"""A prompt's token ids, from text or as the caller made them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dualray.data.tokenizer import Tokenizer
+from dualray.errors import RequestError
+from dualray.inference.request import check_prompt
+
+
+def prompt_ids_of(
+    prompt: str | Sequence[int], tokenizer: Tokenizer, max_context: int
+) -> tuple[int, ...]:
+    """The ids that the model reads.
+
+    Raises:
+        RequestError: the prompt is empty, too long, or has an id outside the vocabulary.
+    """
+    if isinstance(prompt, str):
+        ids, name = tuple(tokenizer.encode(prompt)), "text_input"
+    else:
+        ids, name = tuple(prompt), "input_ids"
+    size = tokenizer.vocab_size
+    wrong = next((i for i in ids if not 0 <= i < size), None)
+    if wrong is not None:
+        raise RequestError(
+            f"{name} has token {wrong} and the vocabulary has the ids 0 to {size - 1}",
+            hint="use the tokenizer of this model",
+            field=name,
+        )
+    check_prompt(ids, max_context, name)
+    return ids
