@@ -15,16 +15,16 @@ from dualray.actors.completion import Weights
 from dualray.actors.engine import Engine, EngineState
 from dualray.actors.grpc_security import OwnAccess
 from dualray.actors.grpc_server import InferenceServer
-from dualray.actors.metrics import MetricsServer
+from dualray.actors.metrics_server import MetricsServer
 from dualray.data.tokenizer import Tokenizer
-from dualray.inference.plan import Owner, Sampled, StepPlan
+from dualray.inference.plan import Outcome, Owner, StepPlan
 from dualray.inference.scheduler import Limits
 from dualray.inference.serve_config import ServeConfig
 from dualray.parallel.rebalancing import Rebalancing
 
 
 class EngineActor:
-    """Forwards to `Engine`. Every worker handle has `run_plan(plan) -> list[Sampled]`."""
+    """Forwards to `Engine`. Every worker handle has `run_plan(plan) -> list[Outcome]`."""
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class EngineActor:
         )
         self._balancer: ServingBalancer | None = None
         self._server: InferenceServer | None = None
-        self._metrics = MetricsServer(self._engine.metrics)
-        self._metrics_target: str | None = None
+        self._metrics: MetricsServer | None = None
+        self._metrics_url: str | None = None
 
     async def start(self) -> str:
         """Listens, not serving yet; returns HOST:PORT.
@@ -63,9 +63,9 @@ class EngineActor:
         target = await server.start(self._config.host, self._config.port)
         self._server = server
         if self._config.metrics_port is not None:
-            self._metrics_target = await self._metrics.start(
-                self._config.host, self._config.metrics_port
-            )
+            self._metrics = MetricsServer(self._engine.metrics.registry, self._config)
+            at = await self._metrics.start(self._config.host, self._config.metrics_port)
+            self._metrics_url = f"{self._metrics.scheme}://{at}/metrics"
         await self._engine.start()
         return target
 
@@ -98,7 +98,8 @@ class EngineActor:
         await self._engine.stop()
         if self._server is not None:
             await self._server.stop(grace_s)
-        await self._metrics.stop()
+        if self._metrics is not None:
+            await self._metrics.stop()
 
     async def stats(self) -> dict[str, Any]:
         """Counters and the present load, as plain values."""
@@ -108,7 +109,7 @@ class EngineActor:
             "num_running": scheduler.num_running,
             "num_waiting": scheduler.num_waiting,
             "cache_usage": scheduler.cache_usage,
-            "metrics_target": self._metrics_target,
+            "metrics_url": self._metrics_url,
             **asdict(self._engine.weights),
             **asdict(self._engine.stats),
         }
@@ -121,6 +122,6 @@ class EngineActor:
         if self._balancer is not None:
             await self._balancer.before_step()
 
-    async def _run_step(self, plan: StepPlan) -> list[Sampled]:
+    async def _run_step(self, plan: StepPlan) -> list[Outcome]:
         results = await asyncio.gather(*(w.run_plan.remote(plan) for w in self._workers))
-        return [sampled for part in results for sampled in part]
+        return [outcome for part in results for outcome in part]

@@ -8,16 +8,12 @@ registry of its own, so that two in one process do not add up.
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from dataclasses import dataclass
-from socketserver import BaseServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from dualray.actors.completion import Completion
 from dualray.actors.grpc_metrics import CallCounter
-from dualray.errors import ResourceError
 from dualray.inference.request import FinishReason
 from dualray.inference.scheduler import Scheduler
 
@@ -92,6 +88,9 @@ class EngineMetrics:
         self._queue = self._histogram(
             "request_queue_time_seconds", "Arrival to first step.", REQUEST_BUCKETS_S
         )
+        self._inference = self._histogram(
+            "request_inference_time_seconds", "First step to last token.", REQUEST_BUCKETS_S
+        )
         self._prefill = self._histogram(
             "request_prefill_time_seconds", "First step to first token.", REQUEST_BUCKETS_S
         )
@@ -131,6 +130,7 @@ class EngineMetrics:
         if started is not None:
             self._queue.observe(_seconds(completion.arrived_ns, started))
             if first is not None and last is not None:
+                self._inference.observe(_seconds(started, last))
                 self._prefill.observe(_seconds(started, first))
                 self._decode.observe(_seconds(first, last))
 
@@ -147,43 +147,6 @@ class EngineMetrics:
             f"vllm:{name}", text, _LABELS, registry=self.registry, buckets=buckets_s
         )
         return histogram.labels(*self._labels)
-
-
-class MetricsServer:
-    """Answers scrapes over HTTP, from a daemon thread: no step waits for a slow scraper."""
-
-    def __init__(self, metrics: EngineMetrics) -> None:
-        self._registry = metrics.registry
-        self._serving: tuple[BaseServer, threading.Thread] | None = None
-
-    async def start(self, host: str, port: int) -> str:
-        """Listens and returns HOST:PORT, with the port found when `port` is 0.
-
-        Raises:
-            ResourceError: the port is taken or the host is not this machine's.
-        """
-        try:
-            # In a thread because it looks the host's name up.
-            server, thread = await asyncio.to_thread(
-                start_http_server, port, host, registry=self._registry
-            )
-        except OSError as error:
-            raise ResourceError(
-                f"serve.metrics_port is {port} and {host}:{port} cannot be listened on, it is "
-                "taken by another process or not this machine's",
-                hint="choose another serve.metrics_port, or 0 for a free one",
-            ) from error
-        self._serving = server, thread
-        return f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"
-
-    async def stop(self) -> None:
-        """Closes the port; nothing happens if it is not open."""
-        if self._serving is not None:
-            server, thread = self._serving
-            self._serving = None
-            await asyncio.to_thread(server.shutdown)
-            await asyncio.to_thread(thread.join)
-            server.server_close()
 
 
 def _seconds(start_ns: int, end_ns: int) -> float:

@@ -34,6 +34,7 @@ BUCKETS = {
     "inter_token_latency_seconds": NEXT_TOKEN,
     "e2e_request_latency_seconds": REQUEST,
     "request_queue_time_seconds": REQUEST,
+    "request_inference_time_seconds": REQUEST,
     "request_prefill_time_seconds": REQUEST,
     "request_decode_time_seconds": REQUEST,
 }
@@ -101,11 +102,12 @@ def test_phases_add_up(served, scrape):
         for completion in batch:
             served.call(completion.whole())
     answer = scrape()
-    first, nexts, whole, queue, prefill, decode = (answer(f"{name}_sum") for name in BUCKETS)
+    first, nexts, whole, queue, inference, prefill, decode = (answer(f"{name}_sum") for name in BUCKETS)
     stats = served.engine.stats
     # Sums of a few dozen float64: rounding only.
     assert first == pytest.approx(queue + prefill, rel=1e-9)
     assert nexts == pytest.approx(decode, rel=1e-9)
+    assert inference == pytest.approx(prefill + decode, rel=1e-9)
     assert whole == pytest.approx(stats.succeeded_ns / 1e9, rel=1e-9)
     assert queue == pytest.approx(stats.queued_ns / 1e9, rel=1e-9)
     assert whole >= first + decode > first > prefill > 0
@@ -253,7 +255,7 @@ def test_the_actor_serves_metrics_for_as_long_as_it_lives():
     async def scenario():
         actor = actor_of(metrics_port=0)
         target = await actor.start()
-        metrics = (await actor.stats())["metrics_target"]
+        metrics = (await actor.stats())["metrics_url"]
         before = await asyncio.to_thread(Scrape, metrics)  # before anything is served
         await actor.serve(3, "d", owners(1, 1, 1))
 
@@ -284,7 +286,7 @@ def test_without_a_port_nothing_listens():
         await actor.stop(grace_s=0)
         return stats
 
-    assert asyncio.run(scenario())["metrics_target"] is None
+    assert asyncio.run(scenario())["metrics_url"] is None
 
 
 def test_a_taken_port_is_one_sentence():

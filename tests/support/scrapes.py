@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families
 from support.serving import Served
 
-from dualray.actors.metrics import MetricsServer
+from dualray.actors.metrics_server import MetricsServer
 
 
 class Scrape:
     """One answer of the endpoint."""
 
-    def __init__(self, target: str) -> None:
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=60) as answer:
+    def __init__(self, url: str, tls: ssl.SSLContext | None = None) -> None:
+        with urllib.request.urlopen(url, timeout=60, context=tls) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain")
             text = answer.read().decode()
         self.families = {f.name: f for f in text_string_to_metric_families(text)}
@@ -58,9 +59,9 @@ class Scrape:
 
 @contextlib.contextmanager
 def scraping(served: Served):
-    server = MetricsServer(served.engine.metrics)
+    server = MetricsServer(served.engine.metrics.registry)
     target = served.call(server.start("127.0.0.1", 0))
     try:
-        yield lambda: Scrape(target)
+        yield lambda: Scrape(f"http://{target}/metrics")
     finally:
         served.call(server.stop())
