@@ -110,6 +110,13 @@ class AdamW:
         for name, param in self._params():
             self._masters[name].copy_(param)
 
+    def state_tensors(self) -> Iterator[Tensor]:
+        for name, param in self._params():
+            master = self._masters[name]
+            yield from (self._adamw.state[master][kind] for kind in STATE_KINDS)
+            if not _own_master(param):
+                yield master
+
     def close(self) -> None:
         self._groups = ()
         self._masters.clear()

@@ -11,6 +11,7 @@ and every layer is whole, in its old place or its new one, whoever is lost.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +29,13 @@ from dualray.parallel.optimizer import (
     Optimizer,
     OptimizerConfig,
     ParamGroup,
+    main_grad,
     make_optimizer,
 )
 from dualray.parallel.redundant import Copies, from_former_homes
 from dualray.parallel.reshard import Wanted, assemble, cut, swap_ranges, wanted
 from dualray.parallel.slots import ExpertPlacement, differ_in
+from dualray.parallel.state_place import Shelf, StateBytes, StatePlace
 from dualray.parallel.weight_grads import attach_main_grads
 
 
@@ -52,6 +55,8 @@ class _Layer:
     experts: Experts
     copies: Copies
     optimizer: Optimizer | None
+    shelf: Shelf | None = None
+    """Memory of the optimizer's state while that is away."""
 
 
 class ExpertGroups:
@@ -70,6 +75,8 @@ class ExpertGroups:
         self.placement = placement
         self._held, self._groups, self._rank = held, groups, rank
         self._exchange, self._config = exchange, config
+        self._away: Callable[[_Layer], Shelf] | None = None
+        self._forgotten = False
         self._layers = {
             layer: self._layer(layer, experts, placement)
             for layer, experts in sorted(held.experts().items())
@@ -120,6 +127,30 @@ class ExpertGroups:
             seconds=time.perf_counter() - started,
         )
 
+    def put_state_away(self, place: StatePlace, *, leave_host: bool = True) -> StateBytes:
+        """See `Shelf`. Experts can move meanwhile, and what they have of state moves with them."""
+
+        def away(layer: _Layer) -> Shelf:
+            assert layer.optimizer is not None
+            grads = [main_grad(weight) for weight in layer.experts.parameters()]
+            return Shelf(place, layer.optimizer.state_tensors(), grads, leave_host=leave_host)
+
+        size = StateBytes()
+        self._away, self._forgotten = away, place is StatePlace.DROP
+        for layer in self._layers.values():
+            if layer.optimizer is not None:
+                layer.shelf = away(layer)
+                size += layer.shelf.size
+        return size
+
+    def bring_state_back(self) -> None:
+        """Take the memory of state and gradients again, and what was parked."""
+        self._away, self._forgotten = None, False
+        for layer in self._layers.values():
+            if layer.shelf is not None:
+                layer.shelf.bring_back()
+                layer.shelf = None
+
     def _put(self, layer: int, fresh: _Layer) -> None:
         former = self._layers[layer].optimizer
         if former is not None:
@@ -153,14 +184,27 @@ class ExpertGroups:
         fresh = self._layer(layer, experts, placement)
         if former.optimizer is None or fresh.optimizer is None:
             return fresh, num_bytes
+        if not self._forgotten:
+            if former.shelf is not None:
+                former.shelf.bring_back()
+            num_bytes += self._move_state(layer, former, fresh)
+        if self._away is not None:
+            fresh.shelf = self._away(fresh)
+        return fresh, num_bytes
+
+    def _move_state(self, layer: int, former: _Layer, fresh: _Layer) -> int:
+        """Let the fresh layer's optimizer have the former one's state; bytes that came for it."""
+        have_of, want_of, experts = former.optimizer, fresh.optimizer, fresh.experts
+        assert have_of is not None
+        assert want_of is not None
         names = expert_slices(former.experts, expert_prefix(layer))
         have = [
             (part.name, kind, start, values)
-            for name, kind, first, flat in former.optimizer.state_pieces()
+            for name, kind, first, flat in have_of.state_pieces()
             for part, start, values in cut(names[name], first, flat)
         ]
         fresh_names = expert_slices(experts, expert_prefix(layer))
-        want = _wanted_state(fresh.optimizer, fresh_names)
+        want = _wanted_state(want_of, fresh_names)
         like = torch.empty(
             0,
             dtype=torch.promote_types(next(experts.parameters()).dtype, torch.float32),
@@ -174,8 +218,8 @@ class ExpertGroups:
 
             return assemble(fresh_names[name], start, count, fetch)
 
-        fresh.optimizer.load_state(read, step_count=former.optimizer.step_count)
-        return fresh, num_bytes + state_bytes
+        want_of.load_state(read, step_count=have_of.step_count)
+        return state_bytes
 
     @torch.no_grad()
     def _moved_experts(

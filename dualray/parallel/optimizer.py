@@ -140,6 +140,10 @@ class Optimizer(Protocol):
         """Makes masters follow parameters that somebody else wrote (a warm start)."""
         ...
 
+    def state_tensors(self) -> Iterator[Tensor]:
+        """Masters and moments as they lie in memory; a parameter that is its own master is none."""
+        ...
+
     def close(self) -> None:
         """Lets go of the parameters and process groups, before a rebuild."""
         ...
@@ -182,6 +186,10 @@ class Joined:
     def refresh_masters(self) -> None:
         for part in self.parts:
             part.refresh_masters()
+
+    def state_tensors(self) -> Iterator[Tensor]:
+        for part in self.parts:
+            yield from part.state_tensors()
 
     def close(self) -> None:
         for part in self.parts:

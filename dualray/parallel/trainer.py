@@ -35,11 +35,12 @@ from dualray.parallel.make_dispatch import make_dispatch
 from dualray.parallel.micro_batch import MicroBatch, Objective, StepSums
 from dualray.parallel.node_dispatch import NodeLimitedDispatch
 from dualray.parallel.nodes import NodeMap
-from dualray.parallel.optimizer import Joined, make_optimizer
+from dualray.parallel.optimizer import Joined, main_grad, make_optimizer
 from dualray.parallel.p2p import PipelineLinks
 from dualray.parallel.phases import Phase
 from dualray.parallel.slots import ExpertPlacement
 from dualray.parallel.spans import OPTIMIZER
+from dualray.parallel.state_place import Shelf, StateBytes, StatePlace
 from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.parallel.train_config import TrainConfig
 from dualray.parallel.weight_grads import WeightGrads
@@ -103,7 +104,9 @@ class Trainer:
             None if only_serves else config,
         )
         param_groups = [] if only_serves else dense_groups_of(self.held, self.groups)
+        self._dense = [param for group in param_groups for _, param in group.params]
         self.optimizer = Joined([make_optimizer(param_groups, config), self.experts.optimizer])
+        self._shelf: Shelf | None = None
         self.meter = ExpertMeter()
         self.meter.watch(self.held.experts())
         self.dispatches = [self._dispatch(ways, exchange) for ways in self.groups.dispatch]
@@ -182,6 +185,22 @@ class Trainer:
         self.meter.watch({layer: experts[layer] for layer in moved.layers})
         return moved
 
+    def put_state_away(self, place: StatePlace, *, leave_host: bool = True) -> StateBytes:
+        """Keep, park or drop optimizer state until `bring_state_back`; see `Shelf`. No step may be
+        made meanwhile. A worker that only serves has none."""
+        assert self._shelf is None, "it is away already"
+        state = self.optimizer.parts[0].state_tensors()
+        grads = [main_grad(param) for param in self._dense]
+        self._shelf = Shelf(place, state, grads, leave_host=leave_host)
+        return self._shelf.size + self.experts.put_state_away(place, leave_host=leave_host)
+
+    def bring_state_back(self) -> None:
+        """Undo `put_state_away`. What was dropped has to be restored from a checkpoint then."""
+        if self._shelf is not None:
+            self._shelf.bring_back()
+            self._shelf = None
+            self.experts.bring_state_back()
+
     def weights_were_written(self) -> None:
         """Somebody else wrote the weights: let the optimizer's masters follow."""
         self.experts.weights_were_written()
@@ -194,6 +213,7 @@ class Trainer:
         when it was told to. Raises RunError on a gradient that is not finite, before the weights
         move.
         """
+        assert self._shelf is None, "optimizer state is away"
         started = time.perf_counter()
         self.meter.begin()
         crossed = self._crossed_nodes()

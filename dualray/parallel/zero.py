@@ -142,6 +142,11 @@ class _Sharded:
     def refresh_masters(self) -> None:
         self._zero.refresh_fp32_params()
 
+    def state_tensors(self) -> Iterator[Tensor]:
+        for partition in self._partitions():
+            yield partition
+            yield from (self._adamw.state[partition][kind] for kind in STATE_KINDS)
+
     def close(self) -> None:
         self._zero.destroy()
         self._adamw.state.clear()
