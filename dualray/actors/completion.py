@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
 from dualray.inference.detokenizer import IncrementalText
-from dualray.inference.plan import Sampled
+from dualray.inference.plan import PromptScored, Sampled
 from dualray.inference.request import FinishReason, Request
 from dualray.inference.scheduler import Progress
 
@@ -29,6 +29,9 @@ class Delta:
     tokens: tuple[Sampled, ...]
     finish: FinishReason | None = None
     matched_stop: str | None = None
+    prompt: tuple[Sampled, ...] | None = None
+    """The prompt's tokens but the first, scored as if chosen: in the first delta of a request that
+    asks for them, None elsewhere."""
 
 
 class Completion:
@@ -62,6 +65,8 @@ class Completion:
         self._every_token = every_token
         self._num_tokens = 0
         self._held: list[Sampled] = []
+        wanted = request.params.prompt_logprobs is not None
+        self._prompt: list[Sampled] | None = [] if wanted else None
         self._items: asyncio.Queue[Delta | Exception] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
@@ -82,11 +87,12 @@ class Completion:
 
     async def whole(self) -> Delta:
         """All deltas as one. Raises what iterating raises."""
-        text, tokens = "", ()
+        text, tokens, prompt = "", (), None
         async for delta in self:
             text += delta.text
             tokens += delta.tokens
-        return replace(delta, text=text, tokens=tokens)
+            prompt = delta.prompt if prompt is None else prompt
+        return replace(delta, text=text, tokens=tokens, prompt=prompt)
 
     def cancel(self) -> None:
         """Ends the request and frees its blocks at once; nothing happens if it has ended."""
@@ -97,6 +103,12 @@ class Completion:
         self.cancel()
         # What has ended before is read up to its own end, and this never.
         self._items.put_nowait(Delta(text="", tokens=tuple(self._held), finish=FinishReason.ABORT))
+
+    def take_prompt(self, scored: PromptScored) -> None:
+        """Adds what was scored of the prompt; a preempted request's parts may come again."""
+        if self._prompt is not None:
+            assert scored.first_position <= len(self._prompt) + 1, "a part is missing"
+            self._prompt += scored.tokens[len(self._prompt) + 1 - scored.first_position :]
 
     def take(self, progress: Progress) -> FinishReason | None:
         """Adds a token; returns why the completion has ended, if it has.
@@ -120,8 +132,10 @@ class Completion:
                 tokens=tuple(self._held),
                 finish=finish,
                 matched_stop=self._text.matched_stop,
+                prompt=None if self._prompt is None else tuple(self._prompt),
             )
             self._held.clear()
+            self._prompt = None
             self._items.put_nowait(delta)
         return finish
 

@@ -22,7 +22,7 @@ from dualray.actors.metrics import EngineMetrics, EngineStats
 from dualray.actors.prompt_ids import prompt_ids_of
 from dualray.data.tokenizer import Tokenizer
 from dualray.inference.detokenizer import IncrementalText
-from dualray.inference.plan import Outcome, Owner, PromptScored, StepPlan
+from dualray.inference.plan import Outcome, Owner, Sampled, StepPlan
 from dualray.inference.request import (
     DeadlineError,
     FinishReason,
@@ -231,7 +231,7 @@ class Engine:
     def _hand_out(self, results: list[Outcome]) -> None:
         now_ns = time.monotonic_ns()
         for outcome in results:
-            if outcome.is_nan():
+            if outcome.is_nan:
                 self._drop(
                     outcome.request_id,
                     ServerFaultError(

@@ -25,7 +25,7 @@ from dualray.checkpoint.writer import RankFiles, write_rank
 from dualray.data.dataset import TokenDataset
 from dualray.data.loader import Loader
 from dualray.errors import RunError
-from dualray.inference.plan import Sampled, StepPlan
+from dualray.inference.plan import Outcome, StepPlan
 from dualray.inference.scheduler import Limits
 from dualray.inference.stage_runner import StageRunner
 from dualray.inference.step_runner import PipelineTransport, StepRunner
@@ -245,7 +245,7 @@ class StageWorker:
         """Give the latent cache back."""
         self._runner = None
 
-    def run_plan(self, plan: StepPlan) -> list[Sampled]:
+    def run_plan(self, plan: StepPlan) -> list[Outcome]:
         """One inference step. A collective over the replica's workers."""
         if self._runner is None:
             raise RunError(

@@ -6,6 +6,7 @@ numbers travel; tensors stay in the workers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -124,6 +125,11 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest (id, log-probability) pairs, when asked for, likeliest first."""
 
+    @property
+    def is_nan(self) -> bool:
+        """The model gave no number."""
+        return math.isnan(self.logprob)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptScored:
@@ -137,6 +143,10 @@ class PromptScored:
     """Position of the first token told of, 1 or more: nothing comes before the prompt's first."""
     tokens: tuple[Sampled, ...]
     """The prompt's tokens as if they had been chosen."""
+
+    @property
+    def is_nan(self) -> bool:
+        return any(token.is_nan for token in self.tokens)
 
 
 Outcome = Sampled | PromptScored

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dualray.inference.compiled_decode import CompiledDecode
 from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBatch
-from dualray.inference.plan import Sampled, SampleSpec, SequencePlan
+from dualray.inference.plan import PromptScored, Sampled, SampleSpec, SequencePlan
+from dualray.inference.prompt_scores import score_prompts
 from dualray.inference.sampler import sample
 from dualray.model.context import ExpertDispatch, ForwardContext, RoutingTape
 from dualray.model.stage import Stage
@@ -21,10 +22,11 @@ from dualray.model.stage import Stage
 
 @dataclass(frozen=True, kw_only=True)
 class StageOutput:
-    """What the next stage reads (T, D), and the tokens that the last one chose."""
+    """What the next stage reads (T, D), and the tokens that the last one scored and chose."""
 
     hidden_TD: Tensor
     sampled: list[Sampled]
+    scored: list[PromptScored]
 
 
 class StageRunner:
@@ -74,11 +76,13 @@ class StageRunner:
 
         `tape` records or replays the expert choices of this call's T rows.
         """
-        if self._compiled is not None and tape is None and self._compiled.takes(sequences):
+        scores = any(sequence.prompt is not None for sequence in sequences)
+        plain = tape is None and not scores
+        if self._compiled is not None and plain and self._compiled.takes(sequences):
             out = self._compiled.run(sequences, hidden_TD)
             ends, asked = _asked(sequences)
             sampled = sample(out[ends], asked) if self.stage.is_last and asked else []
-            return StageOutput(hidden_TD=out, sampled=sampled)
+            return StageOutput(hidden_TD=out, sampled=sampled, scored=[])
         batch = PagedBatch.build(sequences, self.cache.block_size, self.device)
         ctx = ForwardContext(
             positions_T=batch.positions_T,
@@ -93,11 +97,14 @@ class StageRunner:
             hidden_TD = self.stage.embed(ids_T, ctx)
         assert hidden_TD is not None, "only the first stage has no input"
         hidden_TD = self.stage(hidden_TD, ctx)
-        ends, asked = _asked(sequences)
         sampled: list[Sampled] = []
-        if self.stage.is_last and asked:
-            sampled = sample(self.stage.logits(hidden_TD[ends], ctx), asked)
-        return StageOutput(hidden_TD=hidden_TD, sampled=sampled)
+        scored: list[PromptScored] = []
+        if self.stage.is_last:
+            scored = score_prompts(self.stage, hidden_TD, ctx, sequences)
+            ends, asked = _asked(sequences)
+            if asked:
+                sampled = sample(self.stage.logits(hidden_TD[ends], ctx), asked)
+        return StageOutput(hidden_TD=hidden_TD, sampled=sampled, scored=scored)
 
 
 def _asked(sequences: Sequence[SequencePlan]) -> tuple[list[int], list[tuple[str, SampleSpec]]]:

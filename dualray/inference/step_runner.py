@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dualray.inference.plan import Owner, Sampled, StepPlan
+from dualray.inference.plan import Outcome, Owner, StepPlan
 from dualray.inference.stage_runner import StageRunner
 from dualray.parallel.groups import FORWARD
 from dualray.parallel.p2p import PipelineLinks
@@ -93,13 +93,14 @@ class StepRunner:
         self._entries = {d: d for d in stages} if entries is None else entries
         self._transport = transport
 
-    def run(self, plan: StepPlan) -> list[Sampled]:
-        """Runs this worker's stages; returns the tokens chosen here, if a last stage is held.
+    def run(self, plan: StepPlan) -> list[Outcome]:
+        """Runs this worker's stages; returns what was scored and chosen here, if a last stage is
+        held.
 
         Stages run in pipeline order: a worker's early stage feeds others before its late
         stage waits for them, so no two workers wait for each other.
         """
-        sampled: list[Sampled] = []
+        outcomes: list[Outcome] = []
         entered = plan.directions(self._replica)
         active = [d for d in self._stages if self._entries[d] in entered]
         for direction in sorted(active, key=lambda d: self._stages[d].stage.layer_range.start):
@@ -109,13 +110,13 @@ class StepRunner:
             sequences = plan.sequences(owner)
             num_tokens = sum(len(sequence.ids) for sequence in sequences)
             output = runner.run(sequences, self._input(runner, direction, num_tokens))
-            sampled += output.sampled
+            outcomes += [*output.scored, *output.sampled]
             if not runner.stage.is_last and num_tokens:
                 assert self._transport is not None
                 self._transport.send(direction, output.hidden_TD)
         if self._transport is not None:
             self._transport.drain()
-        return sampled
+        return outcomes
 
     def _input(self, runner: StageRunner, direction: int, num_tokens: int) -> Tensor | None:
         if runner.stage.is_first:
