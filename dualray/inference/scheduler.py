@@ -15,8 +15,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dualray.inference.block_pool import BlockPool, blocks_for
-from dualray.inference.plan import Owner, Sampled, SampleSpec, SequencePlan, StepPlan
+from dualray.inference.plan import Owner, Sampled, SequencePlan, StepPlan
+from dualray.inference.prompt_spec import prompt_spec
 from dualray.inference.request import FinishReason, QueueFullError, Request
+from dualray.inference.sequence import Sequence
 from dualray.inference.token_history import TokenHistory
 
 
@@ -54,24 +56,6 @@ class Progress:
     """The token itself ended the completion and is no part of the text."""
 
 
-@dataclass(kw_only=True)
-class _Sequence:
-    request: Request
-    owner: Owner
-    blocks: tuple[int, ...]
-    ids: list[int]
-    """Prompt and completion so far."""
-    max_length: int
-    """Length of prompt plus completion at which it ends."""
-    history: TokenHistory
-    num_run: int = 0
-    """Tokens whose latents are in the cache, or will be when the current step ends."""
-
-    @property
-    def num_output(self) -> int:
-        return len(self.ids) - len(self.request.prompt_ids)
-
-
 class Scheduler:
     """Admits, plans and retires requests. See the module's essay."""
 
@@ -80,7 +64,7 @@ class Scheduler:
         self.eos_id = eos_id
         self._pools = {owner: BlockPool(limits.num_blocks) for owner in owners}
         self._waiting: deque[Request] = deque()
-        self._running: dict[str, _Sequence] = {}
+        self._running: dict[str, Sequence] = {}
         self._step = 0
 
     @property
@@ -159,9 +143,8 @@ class Scheduler:
             sequence = self._running.get(sampled.request_id)
             if sequence is None:
                 continue
-            sequence.ids.append(sampled.token_id)
-            sequence.history.add(sampled.token_id)
-            finish, stop_token = self._finish(sequence, sampled.token_id)
+            sequence.add(sampled.token_id)
+            finish, stop_token = sequence.finish(self.eos_id)
             if finish is not None:
                 self.remove(sampled.request_id)
             progress.append(
@@ -173,14 +156,6 @@ class Scheduler:
                 )
             )
         return progress
-
-    def _finish(self, sequence: _Sequence, token: int) -> tuple[FinishReason | None, bool]:
-        params = sequence.request.params
-        if token in params.stop_token_ids or (token == self.eos_id and not params.ignore_eos):
-            return FinishReason.STOP, True
-        if len(sequence.ids) >= sequence.max_length:
-            return FinishReason.LENGTH, False
-        return None, False
 
     def _admit(self) -> None:
         """Admits from the head of the queue only, so that a long request is never overtaken."""
@@ -194,7 +169,7 @@ class Scheduler:
             if owner is None:
                 return
             self._waiting.popleft()
-            self._running[request.request_id] = _Sequence(
+            self._running[request.request_id] = Sequence(
                 request=request,
                 owner=owner,
                 blocks=self._pools[owner].take(count),
@@ -215,7 +190,7 @@ class Scheduler:
         ]
         return min(fitting, key=loads.__getitem__, default=None)
 
-    def _plan_owner(self, sequences: list[_Sequence]) -> tuple[SequencePlan, ...]:
+    def _plan_owner(self, sequences: list[Sequence]) -> tuple[SequencePlan, ...]:
         """Running completions first: a long prompt must not stall those already streaming."""
         budget = self.limits.max_step_tokens
         planned = []
@@ -233,28 +208,11 @@ class Scheduler:
                     ids=tuple(sequence.ids[first : sequence.num_run]),
                     first_position=first,
                     block_table=sequence.blocks,
-                    samples=(self._sample_spec(sequence),) if complete else (),
+                    samples=(sequence.sample_spec(self.eos_id),) if complete else (),
+                    prompt=prompt_spec(sequence.request, first, count),
                 )
             )
         return tuple(planned)
-
-    def _sample_spec(self, sequence: _Sequence) -> SampleSpec:
-        params = sequence.request.params
-        banned: tuple[int, ...] = ()
-        if sequence.num_output < params.min_tokens:
-            banned = params.stop_token_ids
-            if self.eos_id is not None and not params.ignore_eos:
-                banned = (*banned, self.eos_id)
-        return SampleSpec(
-            position=len(sequence.ids),
-            seed=sequence.request.seed,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            min_p=params.min_p,
-            logprobs=params.logprobs,
-            adjust=sequence.history.adjustment(banned),
-        )
 
 
 def owners(replicas: int, experts: int, directions: int) -> tuple[Owner, ...]:
