@@ -24,7 +24,7 @@ from dualray.actors.infer_messages import (
     output_dim,
     parse_call,
 )
-from dualray.actors.merged_completions import merged
+from dualray.actors.merged_completions import cancel_all, merged, submit_all
 from dualray.actors.refusals import (
     Context,
     refusal_of,
@@ -48,11 +48,6 @@ _DATA_TYPES = {
 }
 
 
-def _cancel(completions: list[Completion]) -> None:
-    for completion in completions:
-        completion.cancel()
-
-
 class _StreamFailedError(Exception):
     """Carries a refusal out of a stream's task group."""
 
@@ -74,7 +69,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         try:
             self._check_model(request.model_name, request.model_version)
             call = parse_call(request, one_answer=True)
-            completions = self._submit(call)
+            completions = submit_all(self._engine, call.prompt, call.params, call.timeout_s)
             async with aclosing(self._answers(call, completions)) as answers:
                 return await anext(answers)
         except Exception as error:
@@ -114,7 +109,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         try:
             self._check_model(request.model_name, request.model_version)
             call = parse_call(request, one_answer=False)
-            completions = self._submit(call)
+            completions = submit_all(self._engine, call.prompt, call.params, call.timeout_s)
             async with aclosing(self._answers(call, completions)) as answers:
                 async for response in answers:
                     await write(pb.ModelStreamInferResponse(infer_response=response))
@@ -128,19 +123,6 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             response.infer_response.model_name = self._engine.model_name
             response.infer_response.parameters["triton_final_response"].bool_param = True
             await write(response)
-
-    def _submit(self, call: InferCall) -> list[Completion]:
-        """All n completions of a call, or none."""
-        completions: list[Completion] = []
-        try:
-            for params in call.params.each():
-                # The call's own deadline is gRPC's: at its end both sides cancel, whoever is alive.
-                completion = self._engine.submit(call.prompt, params, call.timeout_s)
-                completions.append(completion)
-        except RequestError:
-            _cancel(completions)
-            raise
-        return completions
 
     async def _answers(
         self, call: InferCall, completions: list[Completion]
@@ -167,7 +149,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             if call.empty_final:
                 yield answer.final()
         finally:
-            _cancel(completions)
+            cancel_all(completions)
 
     async def ServerLive(self, request: Any, context: Context) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)

@@ -1,4 +1,4 @@
-"""The completions of one request with `n` above 1, as one stream."""
+"""The n completions of one call: asked for together, read as one stream, ended together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,37 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 from dualray.actors.completion import Completion, Delta
+from dualray.actors.engine import Engine
+from dualray.errors import RequestError
+from dualray.inference.request import SamplingParams
+
+
+def submit_all(
+    engine: Engine,
+    prompt: str | Sequence[int],
+    params: SamplingParams,
+    timeout_s: float | None = None,
+    *,
+    every_token: bool = False,
+) -> list[Completion]:
+    """All n completions of a call, or none. Raises what `Engine.submit` raises.
+
+    A deadline of gRPC's is not asked for here: at its end both sides cancel, whoever is alive.
+    """
+    completions: list[Completion] = []
+    try:
+        for one in params.each():
+            completions.append(engine.submit(prompt, one, timeout_s, every_token=every_token))
+    except RequestError:
+        cancel_all(completions)
+        raise
+    return completions
+
+
+def cancel_all(completions: Sequence[Completion]) -> None:
+    """Frees what they still hold; those that have ended are left alone."""
+    for completion in completions:
+        completion.cancel()
 
 
 async def merged(completions: Sequence[Completion]) -> AsyncGenerator[tuple[int, Delta]]:
