@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test check bench proto format clean
+.PHONY: demo test fuzz check bench proto format clean
 .DELETE_ON_ERROR:
 
 # torch first and under its exact pin: an open range would pull gigabytes of CUDA libraries on
@@ -26,6 +26,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/pytest -n $(PYTEST_WORKERS) --dist worksteal
+
+# 100,000 hostile messages to a served model; takes some minutes and prints a summary line.
+fuzz: $(VENV)/.installed
+	FUZZ_MESSAGES=100000 $(BIN)/pytest --timeout 3600 tests/actors/test_fuzz.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
