@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.models import tiny_config, training_context, whole_model
+from support.stages import Mailbox, split_stages
 
 from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBatch
 from dualray.inference.plan import Owner, SampleSpec, SequencePlan, StepPlan
@@ -10,7 +11,6 @@ from dualray.inference.stage_runner import StageRunner
 from dualray.inference.step_runner import StepRunner
 from dualray.model.attention import CausalAttention, HeadsQuery, LatentQuery
 from dualray.model.context import ForwardContext, RoutingTape
-from dualray.model.init import logical_tensors
 from dualray.model.linear import Linear
 from dualray.model.moe import LocalDispatch
 from dualray.model.stage import Stage
@@ -141,38 +141,6 @@ def test_replayed_expert_choices_are_used():
     )
     assert free == same
     assert forced != free
-
-
-def split_stages(config, num_stages) -> list[Stage]:
-    """The stages of the whole model, with its very values."""
-    whole = logical_tensors(whole_model(config))
-    per_stage = config.num_hidden_layers // num_stages
-    stages = []
-    for i in range(num_stages):
-        stage = Stage(config, range(i * per_stage, (i + 1) * per_stage))
-        for name, view in logical_tensors(stage).items():
-            view.copy_(whole[name])
-        stages.append(stage)
-    return stages
-
-
-class Mailbox:
-    """Transport between two workers walked in turn: what was sent waits until it is fetched."""
-
-    def __init__(self):
-        self.boxes = {}
-
-    def send(self, direction, hidden_TD):
-        assert direction not in self.boxes
-        self.boxes[direction] = hidden_TD
-
-    def receive(self, direction, shape, dtype):
-        hidden = self.boxes.pop(direction)
-        assert (tuple(hidden.shape), hidden.dtype) == (shape, dtype)
-        return hidden
-
-    def drain(self):
-        pass
 
 
 def test_two_stages_give_what_one_gives():
