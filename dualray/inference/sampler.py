@@ -1,8 +1,12 @@
 """Choosing the next token from logits.
 
-The random number of a choice is a pure function of the request's seed and the position, so
+The random numbers of a choice are a pure function of the request's seed and the position, so
 a request draws the same tokens whoever shares its batch, on any device and after any
-restart. B rows, V vocabulary.
+restart. A token is drawn by a race: each token's clock is exponential with its probability as
+the rate, and the first to ring has won, which it does with that probability (the Gumbel-max
+trick, arXiv 1411.0030, without two of its logarithms). Two distributions that race with the
+same noise mostly agree, and the closer they are the more, which is what drafts live on
+(`speculative`). B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,14 +17,8 @@ import torch
 from torch import Tensor
 
 from dualray.inference.adjust import adjust
+from dualray.inference.noise import exponentials
 from dualray.inference.plan import Sampled, SampleSpec
-
-_MASK = (1 << 64) - 1
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from (seed, position): two rounds of the splitmix64 finaliser."""
-    return _mix(_mix(seed & _MASK) ^ position) / (1 << 64)
 
 
 def sample(logits_BV: Tensor, rows: Sequence[tuple[str, SampleSpec]]) -> list[Sampled]:
@@ -34,13 +32,27 @@ def sample(logits_BV: Tensor, rows: Sequence[tuple[str, SampleSpec]]) -> list[Sa
         return []
     compute = torch.promote_types(logits_BV.dtype, torch.float32)
     logprobs_BV = torch.log_softmax(logits_BV, dim=-1, dtype=compute)
-    scores_BV = _scores(logits_BV, logprobs_BV, rows)
-    chosen_B = scores_BV.argmax(dim=-1)
-    drawn = [row for row, (_, spec) in enumerate(rows) if spec.temperature > 0]
-    if drawn:
-        chosen_B[drawn] = _draw(scores_BV[drawn], [rows[row][1] for row in drawn])
-
+    chosen_B = choose(logits_BV, [spec for _, spec in rows])
     return report(logprobs_BV, chosen_B, [(name, spec.logprobs or 0) for name, spec in rows])
+
+
+def choose(logits_BV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    """Token ids (B,) int64: the likeliest at temperature 0, else drawn.
+
+    A valid id comes out of any row, NaN or not.
+    """
+    scores_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+    adjustments = [(row, spec.adjust) for row, spec in enumerate(specs) if spec.adjust]
+    if adjustments:
+        scores_BV = scores_BV.clone()
+        adjust(scores_BV, adjustments)
+    drawn = [row for row, spec in enumerate(specs) if spec.temperature > 0]
+    if len(drawn) == len(specs):
+        return _draw(scores_BV, specs)
+    chosen_B = scores_BV.argmax(dim=-1)
+    if drawn:
+        chosen_B[drawn] = _draw(scores_BV[drawn], [specs[row] for row in drawn])
+    return chosen_B
 
 
 def report(logprobs_BV: Tensor, tokens_B: Tensor, rows: Sequence[tuple[str, int]]) -> list[Sampled]:
@@ -63,57 +75,41 @@ def report(logprobs_BV: Tensor, tokens_B: Tensor, rows: Sequence[tuple[str, int]
     ]
 
 
-def _scores(
-    logits_BV: Tensor, logprobs_BV: Tensor, rows: Sequence[tuple[str, SampleSpec]]
-) -> Tensor:
-    """What tokens are chosen by: log-probabilities, or logits where a request adjusts them.
-
-    The repetition penalty asks for a logit's sign, which log-probabilities have lost.
-    """
-    adjustments = [(row, spec.adjust) for row, (_, spec) in enumerate(rows) if spec.adjust]
-    if not adjustments:
-        return logprobs_BV
-    scores_BV = logprobs_BV.clone()
-    moved = [row for row, a in adjustments if a.logit_bias or a.seen_ids or a.output_counts]
-    scores_BV[moved] = logits_BV[moved].to(scores_BV.dtype)
-    adjust(scores_BV, adjustments)
-    return scores_BV
-
-
 def _draw(scores_BV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """Temperature, min_p, top_k, top_p in vLLM's order, then the inverse of the cumulative sum.
+    """Temperature, min_p, top_k, top_p in vLLM's order, then the race among what is left.
 
     Everything in float64: 1e-5 temperatures neither overflow nor tie what was apart.
     """
+    scores_BV = scores_BV.double()
+    scores_BV = scores_BV - scores_BV.amax(dim=-1, keepdim=True)
+    temperatures_B1 = _column([s.temperature for s in specs], scores_BV)
+    weights_BV = scores_BV.div_(temperatures_B1).exp_()  # the likeliest token's is 1
+    V = weights_BV.shape[1]
+    if any(s.min_p > 0 for s in specs):
+        weights_BV.masked_fill_(weights_BV < _column([s.min_p for s in specs], weights_BV), 0.0)
+    cut = [row for row, s in enumerate(specs) if 0 < s.top_k < V or s.top_p < 1]
+    if cut:
+        weights_BV[cut] = _cut(weights_BV[cut], [specs[row] for row in cut])
+    clocks_BV = exponentials([(s.seed, s.position) for s in specs], V, weights_BV.device)
+    return weights_BV.div_(clocks_BV).argmax(dim=-1)
 
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=scores_BV.device)[:, None]
 
-    scores = scores_BV.double()
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / column([s.temperature for s in specs])
+def _cut(weights_BV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    """`weights_BV` with zeros where top_k and top_p leave a token out."""
     # Stable, so that equal probabilities are ordered by token id everywhere.
-    probs, ids = torch.softmax(scores, dim=-1).sort(dim=-1, descending=True, stable=True)
-    V = probs.shape[1]
-    place_V = torch.arange(V, device=probs.device)
+    sorted_BV, ids_BV = weights_BV.sort(dim=-1, descending=True, stable=True)
+    V = weights_BV.shape[1]
+    place_V = torch.arange(V, device=weights_BV.device)
     # Cut to V first: a caller's whole number may be larger than any float.
-    top_k = column([min(s.top_k, V) if s.top_k > 0 else V for s in specs])
-    min_p = column([s.min_p for s in specs])
-    probs = probs.masked_fill((place_V >= top_k) | (probs < min_p * probs[:, :1]), 0.0)
-    probs = probs / probs.sum(dim=-1, keepdim=True)
-    before = probs.cumsum(dim=-1) - probs
-    top_p = column([s.top_p for s in specs])
+    top_k = _column([min(s.top_k, V) if s.top_k > 0 else V for s in specs], weights_BV)
+    sorted_BV = sorted_BV.masked_fill(place_V >= top_k, 0.0)
+    probs_BV = sorted_BV / sorted_BV.sum(dim=-1, keepdim=True)
+    before_BV = probs_BV.cumsum(dim=-1) - probs_BV
+    top_p = _column([s.top_p for s in specs], weights_BV)
     # The likeliest token stays whatever rounding makes of a tiny top_p.
-    probs = probs.masked_fill((before >= top_p) & (top_p < 1) & (place_V > 0), 0.0)
-    cumulative = probs.cumsum(dim=-1)
-    draws = column([uniform(s.seed, s.position) for s in specs]) * cumulative[:, -1:]
-    at = torch.searchsorted(cumulative, draws, right=True)
-    # Rounding may put a draw behind the last kept token.
-    last = (probs > 0).sum(dim=-1, keepdim=True) - 1
-    return ids.gather(1, at.clamp(max=V - 1).minimum(last.clamp(min=0))).squeeze(1)
+    sorted_BV.masked_fill_((before_BV >= top_p) & (top_p < 1) & (place_V > 0), 0.0)
+    return torch.empty_like(sorted_BV).scatter_(1, ids_BV, sorted_BV)
 
 
-def _mix(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
