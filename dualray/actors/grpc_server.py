@@ -1,24 +1,30 @@
-"""One port with health, reflection and the inference protocol."""
+"""One port with health, reflection and the inference protocols."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import socket
+from collections.abc import Mapping
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from smg_grpc_proto import vllm_engine_pb2_grpc as vllm_grpc
 
 from dualray.actors.engine import Engine, EngineState
 from dualray.actors.grpc_malformed import RefuseMalformed
 from dualray.actors.grpc_security import OwnAccess, Security
 from dualray.actors.grpc_service import InferenceService
+from dualray.actors.vllm_service import VllmService
 from dualray.errors import ResourceError
 from dualray.inference.serve_config import ServeConfig
 from dualray.proto import inference_pb2_grpc as pb_grpc
 
 SERVICE = "inference.GRPCInferenceService"
+VLLM_SERVICE = "vllm.grpc.engine.VllmEngine"
+SERVICES = (SERVICE, VLLM_SERVICE)
+"""What the port serves; their health follows the engine's state."""
 
 SERVER_OPTIONS = (
     # Two servers on one port would split the requests between them unnoticed.
@@ -31,10 +37,17 @@ SERVER_OPTIONS = (
 
 
 class InferenceServer:
-    """A listening gRPC server; the service's health follows the engine's state."""
+    """A listening gRPC server; the services' health follows the engine's state."""
 
-    def __init__(self, engine: Engine, config: ServeConfig | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServeConfig | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Of `config` the security and the message limit count; by default nothing is secured.
+
+        `files` are those of `model_files`, for gateways that ask for the tokenizer.
 
         Raises:
             ConfigError: a certificate, key or tokens file cannot be used.
@@ -53,8 +66,9 @@ class InferenceServer:
         self._health = health.aio.HealthServicer()  # pyrefly: ignore[missing-attribute]
         self._watch: asyncio.Task[None] | None = None
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(engine), self._server)
+        vllm_grpc.add_VllmEngineServicer_to_server(VllmService(engine, files), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self, host: str, port: int) -> str:
@@ -103,7 +117,8 @@ class InferenceServer:
     async def _set_health(self, state: EngineState) -> None:
         served = state is EngineState.SERVING
         status = health_pb2.HealthCheckResponse
-        await self._health.set(SERVICE, status.SERVING if served else status.NOT_SERVING)
+        for name in SERVICES:
+            await self._health.set(name, status.SERVING if served else status.NOT_SERVING)
 
 
 def _check_free(host: str, port: int) -> None:

@@ -26,7 +26,8 @@ def submit_all(
     completions: list[Completion] = []
     try:
         for one in params.each():
-            completions.append(engine.submit(prompt, one, timeout_s, every_token=every_token))
+            completion = engine.submit(prompt, one, timeout_s, every_token=every_token)
+            completions.append(completion)
     except RequestError:
         cancel_all(completions)
         raise

@@ -25,13 +25,24 @@ Context = grpc.aio.ServicerContext
 _MAX_SENTENCE = 1000  # statuses travel in headers, which clients limit to 8 KiB
 _log = logging.getLogger(__name__)
 
+
+class NotOfferedError(RequestError):
+    """The protocol has it and this server does not."""
+
+
+class NoTokenizerError(RequestError):
+    """The server has no tokenizer's files to hand out."""
+
+
 _CODES: dict[type[RequestError], grpc.StatusCode] = {
     ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     NotServingError: grpc.StatusCode.UNAVAILABLE,
     NoWeightsError: grpc.StatusCode.FAILED_PRECONDITION,
+    NoTokenizerError: grpc.StatusCode.FAILED_PRECONDITION,
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     ServerFaultError: grpc.StatusCode.INTERNAL,
+    NotOfferedError: grpc.StatusCode.UNIMPLEMENTED,
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
 }
 
