@@ -15,9 +15,10 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from enum import StrEnum
 
 from dualray.actors.completion import Completion, Weights
+from dualray.actors.engine_pausing import Pausing
+from dualray.actors.engine_state import ENDED, EngineState, States, StepGate
 from dualray.actors.metrics import EngineMetrics, EngineStats
 from dualray.actors.prompt_ids import prompt_ids_of
 from dualray.data.tokenizer import Tokenizer
@@ -27,7 +28,6 @@ from dualray.inference.request import (
     DeadlineError,
     FinishReason,
     NotServingError,
-    NoWeightsError,
     Request,
     RequestError,
     SamplingParams,
@@ -43,22 +43,6 @@ BeforeStep = Callable[[], Awaitable[None]]
 
 RunStep = Callable[[StepPlan], Awaitable[Iterable[Outcome]]]
 """Runs a step on all workers and returns what the last stages scored and chose."""
-
-
-class EngineState(StrEnum):
-    NO_WEIGHTS = "no weights"
-    """Nothing has been trained or loaded yet."""
-    TRAINING = "training"
-    """The workers train."""
-    SERVING = "serving"
-    DRAINING = "draining"
-    """Accepted requests end, new ones are refused."""
-    FAILED = "failed"
-    """The workers are lost."""
-    STOPPED = "stopped"
-
-
-_ENDED = (EngineState.FAILED, EngineState.STOPPED)
 
 
 class Engine:
@@ -79,7 +63,6 @@ class Engine:
         self.limits = limits
         self.stats = EngineStats()
         self.metrics = EngineMetrics(model_name)
-        self.state = EngineState.NO_WEIGHTS
         self.weights = Weights(training_step=0, digest="")
         self.tokenizer = tokenizer
         self.scheduler = self._new_scheduler(owners)
@@ -90,8 +73,20 @@ class Engine:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._changed = asyncio.Condition()
+        self._states, self._gate = States(), StepGate()
+        self.pausing = Pausing(
+            model_name,
+            self._states,
+            self._gate,
+            self._idle,
+            self._completions.values,
+            self._fail_all,
+        )
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> EngineState:
+        return self._states.now
 
     async def start(self) -> None:
         """Starts the loop. Requests are refused until `serve`."""
@@ -109,7 +104,7 @@ class Engine:
         Raises:
             NotServingError: the engine has failed or stopped, so no loop would answer.
         """
-        if self.state in _ENDED:
+        if self.state in ENDED:
             raise NotServingError(
                 f"model {self.model_name} cannot serve again, its engine has {self.state}",
                 hint="start the run again",
@@ -119,19 +114,14 @@ class Engine:
             self.scheduler = self._new_scheduler(owners)
         self.weights = weights
         self.stats.first_token_unix_s = None
-        await self._enter(EngineState.SERVING)
+        self._gate.open()
+        await self._states.enter(EngineState.SERVING)
 
-    async def drain(self, then: EngineState = EngineState.TRAINING) -> None:
-        """Refuses new requests, lets the accepted ones end, and enters `then`.
-
-        What has failed or stopped stays so.
-        """
-        if self.state in _ENDED:
-            return
-        await self._enter(EngineState.DRAINING)
-        await self._idle.wait()
-        if self.state is EngineState.DRAINING:
-            await self._enter(then)
+    async def drain(
+        self, then: EngineState = EngineState.TRAINING, within_s: float | None = None
+    ) -> int:
+        """See `Pausing`."""
+        return await self.pausing.drain(then, within_s)
 
     async def stop(self) -> None:
         """Ends the loop; whoever still waits is told."""
@@ -140,13 +130,11 @@ class Engine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         self._fail_all(NotServingError("the server is stopping", hint="ask another server"))
-        await self._enter(EngineState.STOPPED)
+        await self._states.enter(EngineState.STOPPED)
 
     async def wait_for_change(self, known: EngineState) -> EngineState:
         """Returns the state as soon as it differs from `known`."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.state is not known)
-        return self.state
+        return await self._states.wait_for_change(known)
 
     def submit(
         self,
@@ -164,7 +152,7 @@ class Engine:
             RequestError: prompt or parameters break a rule.
             NotServingError, NoWeightsError, QueueFullError: not now.
         """
-        self._check_state()
+        self._states.need_serving(self.model_name)
         check_token_ids(params, self.tokenizer.vocab_size)
         prompt_ids = prompt_ids_of(prompt, self.tokenizer, self.limits.max_context)
         loop = asyncio.get_running_loop()
@@ -195,7 +183,7 @@ class Engine:
             await self._run_steps()
         except Exception as error:  # our own bug: nobody may be left waiting for it
             _log.exception("the engine failed")
-            await self._enter(EngineState.FAILED)
+            await self._states.enter(EngineState.FAILED)
             self._fail_all(
                 ServerFaultError(
                     f"the engine failed: {_first_line(error)}", hint="see the engine's log"
@@ -205,6 +193,7 @@ class Engine:
     async def _run_steps(self) -> None:
         """Steps until cancelled, or until the workers are lost."""
         while True:
+            await self._gate.wait_open()
             plan = self.scheduler.plan()
             if plan is None:
                 self._wake.clear()
@@ -213,11 +202,12 @@ class Engine:
             self._note_started(plan)
             self.metrics.show_load(self.scheduler)
             try:
-                if self._before_step is not None:
-                    await self._before_step()
-                results = list(await self._run_step(plan))
+                with self._gate.step():
+                    if self._before_step is not None:
+                        await self._before_step()
+                    results = list(await self._run_step(plan))
             except Exception as error:  # whatever loses a worker ends serving, not the server
-                await self._enter(EngineState.FAILED)
+                await self._states.enter(EngineState.FAILED)
                 self._fail_all(
                     NotServingError(
                         f"the workers failed in step {plan.step}: {_first_line(error)}",
@@ -299,6 +289,7 @@ class Engine:
         del self._completions[completion.request.request_id]
         if completion.timer is not None:
             completion.timer.cancel()
+        completion.finish = reason
         now_ns = time.monotonic_ns()
         took_ns = now_ns - completion.arrived_ns
         self.metrics.end(completion, reason, now_ns)
@@ -312,24 +303,6 @@ class Engine:
         self.stats.last_finished_ms = time.time_ns() // 1_000_000
         if not self._completions:
             self._idle.set()
-
-    async def _enter(self, state: EngineState) -> None:
-        async with self._changed:
-            self.state = state
-            self._changed.notify_all()
-
-    def _check_state(self) -> None:
-        if self.state is EngineState.SERVING:
-            return
-        if self.state is EngineState.NO_WEIGHTS:
-            raise NoWeightsError(
-                f"model {self.model_name} has no weights yet",
-                hint="wait for the first training step or load a checkpoint",
-            )
-        raise NotServingError(
-            f"model {self.model_name} does not serve now, it is {self.state}",
-            hint="watch the health service and try again",
-        )
 
 
 def _first_line(error: Exception) -> str:
