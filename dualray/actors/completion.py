@@ -59,11 +59,15 @@ class Completion:
         self.started_ns: int | None = None
         self.first_token_ns: int | None = None
         self.last_token_ns: int | None = None
+        self.finish: FinishReason | None = None
+        """Why it has ended, once it has."""
+        self.num_tokens = 0
+        self.num_preemptions = 0
+        """How often it lost its blocks and began anew."""
         self.timer: asyncio.TimerHandle | None = None
         self._text = text
         self._on_cancel = on_cancel
         self._every_token = every_token
-        self._num_tokens = 0
         self._held: list[Sampled] = []
         wanted = request.params.prompt_logprobs is not None
         self._prompt: list[Sampled] | None = [] if wanted else None
@@ -116,11 +120,11 @@ class Completion:
         Tokens whose text may not be shown yet are held for the next delta, but for `every_token`.
         """
         finish = progress.finish
-        self._num_tokens += 1
+        self.num_tokens += 1
         self._held.append(progress.sampled)
         piece = ""
         if not progress.stop_token:
-            check = self._num_tokens > self.request.params.min_tokens
+            check = self.num_tokens > self.request.params.min_tokens
             piece = self._text.push(progress.sampled.token_id, check_stop=check)
         if self._text.matched_stop is not None:
             finish = FinishReason.STOP

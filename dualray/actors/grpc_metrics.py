@@ -3,7 +3,6 @@ grpc_server_handled_total, codes in Go's spelling."""
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import grpc
 from prometheus_client import CollectorRegistry, Counter
 
+from dualray.actors.grpc_codes import code_of
 from dualray.actors.grpc_handlers import run_of, with_run
 
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
@@ -21,11 +21,14 @@ _TYPES = {
     (False, True): "server_stream",
     (True, True): "bidi_stream",
 }
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _GO_NAMES = {code: code.name.title().replace("_", "") for code in grpc.StatusCode} | {
     grpc.StatusCode.OK: "OK",
     grpc.StatusCode.CANCELLED: "Canceled",
 }
+
+
+WhenEnded = Callable[[str, grpc.StatusCode, Any], None]
+"""Takes a call's method, as /SERVICE/METHOD, its code and its context."""
 
 
 class CallCounter(grpc.aio.ServerInterceptor):
@@ -36,6 +39,8 @@ class CallCounter(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self.when_ended: WhenEnded | None = None
+        """Hears of every call that has ended."""
         self._started = Counter("grpc_server_started", "Calls started.", _METHOD, registry=registry)
         self._handled = Counter(
             "grpc_server_handled",
@@ -79,23 +84,14 @@ class CallCounter(grpc.aio.ServerInterceptor):
     @contextmanager
     def _call(self, labels: tuple[str, ...], context: Any) -> Iterator[None]:
         self._started.labels(*labels).inc()
-        code = grpc.StatusCode.UNKNOWN  # what the server answers when a handler raises
+        error: BaseException | None = None
         try:
             yield
-            code = _code(context)
-        except grpc.aio.AbortError:
-            code = _code(context)
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            left = context.time_remaining()
-            in_time = left is None or left > 0
-            code = grpc.StatusCode.CANCELLED if in_time else grpc.StatusCode.DEADLINE_EXCEEDED
+        except BaseException as raised:
+            error = raised
             raise
         finally:
+            code = code_of(error, context)
             self._handled.labels(*labels, _GO_NAMES[code]).inc()
-
-
-def _code(context: Any) -> grpc.StatusCode:
-    """What a handler has set: a code, its number, or nothing, which is OK."""
-    code = context.code()
-    return code if isinstance(code, grpc.StatusCode) else _CODES[code or 0]
+            if self.when_ended is not None:
+                self.when_ended(f"/{labels[1]}/{labels[2]}", code, context)

@@ -33,12 +33,14 @@ from dualray.actors.refusals import (
     set_trailer,
     status_of,
 )
+from dualray.actors.request_watch import RequestWatch
 from dualray.errors import RequestError
 from dualray.inference.request import ModelNotFoundError
 from dualray.proto import inference_pb2 as pb
 from dualray.proto import inference_pb2_grpc as pb_grpc
 
 PLATFORM = "dualray"
+SERVICE = "inference.GRPCInferenceService"
 
 _DATA_TYPES = {
     "BYTES": pb.TYPE_STRING,
@@ -59,19 +61,22 @@ class _StreamFailedError(Exception):
 class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
     """`inference.GRPCInferenceService` over one engine, which is one model."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, watch: RequestWatch | None = None) -> None:
         self._engine = engine
+        self._watch = watch or RequestWatch(engine)
 
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
         set_trailer(context, self._engine)
         try:
-            self._check_model(request.model_name, request.model_version)
-            call = parse_call(request, one_answer=True)
-            completions = submit_all(self._engine, call.prompt, call.params, call.timeout_s)
-            async with aclosing(self._answers(call, completions)) as answers:
-                return await anext(answers)
+            with self._watch.request(f"/{SERVICE}/ModelInfer", request.id, context) as watched:
+                self._check_model(request.model_name, request.model_version)
+                call = parse_call(request, one_answer=True)
+                completions = submit_all(self._engine, call.prompt, call.params, call.timeout_s)
+                watched.completions = completions
+                async with aclosing(self._answers(call, completions)) as answers:
+                    return await anext(answers)
         except Exception as error:
             await refuse(context, error)
 
@@ -92,7 +97,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         try:
             async with asyncio.TaskGroup() as group:
                 async for request in request_iterator:
-                    group.create_task(self._stream(request, write, as_status))
+                    group.create_task(self._stream(request, context, write, as_status))
         except* _StreamFailedError as failed:
             first = failed.exceptions[0]
             assert isinstance(first, _StreamFailedError)
@@ -103,16 +108,20 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
     async def _stream(
         self,
         request: pb.ModelInferRequest,
+        context: Context,
         write: Callable[[pb.ModelStreamInferResponse], Awaitable[None]],
         as_status: bool,
     ) -> None:
+        method = f"/{SERVICE}/ModelStreamInfer"
         try:
-            self._check_model(request.model_name, request.model_version)
-            call = parse_call(request, one_answer=False)
-            completions = submit_all(self._engine, call.prompt, call.params, call.timeout_s)
-            async with aclosing(self._answers(call, completions)) as answers:
-                async for response in answers:
-                    await write(pb.ModelStreamInferResponse(infer_response=response))
+            with self._watch.request(method, request.id, context) as watched:
+                self._check_model(request.model_name, request.model_version)
+                call = parse_call(request, one_answer=False)
+                completions = submit_all(self._engine, call.prompt, call.params, call.timeout_s)
+                watched.completions = completions
+                async with aclosing(self._answers(call, completions)) as answers:
+                    async for response in answers:
+                        await write(pb.ModelStreamInferResponse(infer_response=response))
         except Exception as error:
             refusal = refusal_of(error)
             if as_status:
