@@ -38,12 +38,15 @@ OUTPUTS: Mapping[str, str] = {
     "finish_reason": "BYTES",
     "cumulative_logprob": "FP32",
     "logprobs": "BYTES",
+    "prompt_logprobs": "BYTES",
     "num_input_tokens": "UINT32",
     "num_output_tokens": "UINT32",
 }
 """Output tensors and their wire types; a request gets text_output and those it asks for.
 
-One element for each of the request's n completions, but for num_input_tokens.
+One element for each of the request's n completions, but for num_input_tokens and
+prompt_logprobs. The sampling parameter of that name asks for the latter, and only the message
+with the first text has it.
 """
 
 FINAL = "triton_final_response"
@@ -54,7 +57,7 @@ _NOTHING = Delta(text="", tokens=())
 
 def output_dim(name: str) -> int:
     """Elements of an output, -1 for as many as the request's n."""
-    return 1 if name == "num_input_tokens" else -1
+    return 1 if name in ("num_input_tokens", "prompt_logprobs") else -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +102,14 @@ def parse_call(message: pb.ModelInferRequest, *, one_answer: bool) -> InferCall:
         if name.startswith(("sequence_", "priority")):
             raise _wrong(f"parameters.{name}", parameters[name], "this server does not offer it")
     given = _json_object(tensors.get("sampling_parameters", ""))
+    params = SamplingParams.parse({**parameters, **given})
     return InferCall(
         message_id=message.id,
         prompt=tensors["text_input"],
-        params=SamplingParams.parse({**parameters, **given}),
+        params=params,
         stream=stream,
         prepend_prompt=not exclude,
-        outputs=_wanted(message, tensors),
+        outputs=_wanted(message, tensors, params),
         timeout_s=timeout_s,
         empty_final=empty_final,
         raw=bool(message.raw_input_contents) or not message.inputs,
@@ -121,6 +125,8 @@ class Answer:
     weights: Weights
     num_input_tokens: int
     decode: Callable[[list[int]], str]
+    _texts: dict[int, str] = field(init=False, default_factory=dict)
+    """Of token ids met before: a prompt's alternatives are many and often the same."""
     _cumulative_logprobs: list[float] = field(init=False)
     _num_left: int = field(init=False)
 
@@ -148,9 +154,14 @@ class Answer:
         }
         if "logprobs" in self.call.outputs:
             values["logprobs"] = [json.dumps(list(map(self._logprobs, d.tokens))) for d in every]
+        for delta in deltas.values():
+            if delta.prompt is not None:
+                scored = [None, *map(self._logprobs, delta.prompt)]
+                values["prompt_logprobs"] = [json.dumps(scored)]
         response = self._empty()
         for name in self.call.outputs:
-            _put(response, name, values[name], raw=self.call.raw)
+            if name in values:
+                _put(response, name, values[name], raw=self.call.raw)
         last = self._num_left == 0
         response.parameters[FINAL].bool_param = last and not self.call.empty_final
         if last:
@@ -184,9 +195,14 @@ class Answer:
         ranked = [(i, value, rank) for rank, (i, value) in enumerate(token.top, start=1)]
         ranked.append((token.token_id, token.logprob, token.rank))
         return {
-            str(i): {"logprob": value, "rank": rank, "decoded_token": self.decode([i])}
+            str(i): {"logprob": value, "rank": rank, "decoded_token": self._text(i)}
             for i, value, rank in ranked
         }
+
+    def _text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self.decode([token])
+        return self._texts[token]
 
 
 def _tensors(message: pb.ModelInferRequest) -> dict[str, Any]:
@@ -286,14 +302,20 @@ def _timeout(value: Any) -> float | None:
     return microseconds / 1e6
 
 
-def _wanted(message: pb.ModelInferRequest, tensors: dict[str, Any]) -> tuple[str, ...]:
-    """Outputs asked for by a return_* input or by name, in the order of `OUTPUTS`."""
+def _wanted(
+    message: pb.ModelInferRequest, tensors: dict[str, Any], params: SamplingParams
+) -> tuple[str, ...]:
+    """Outputs asked for by a return_* input, by name or by parameter, in the order of `OUTPUTS`."""
     wanted = {"text_output"}
     for output in message.outputs:
         if output.name not in OUTPUTS:
             raise _wrong(f"outputs.{output.name}", "unknown", f"known are {', '.join(OUTPUTS)}")
         wanted.add(output.name)
     wanted |= {name for name in OUTPUTS if tensors.get(f"return_{name}")}
+    if params.prompt_logprobs is not None:
+        wanted.add("prompt_logprobs")
+    elif "prompt_logprobs" in wanted:
+        raise _wrong("outputs.prompt_logprobs", "asked for", "the sampling parameter is not set")
     if "logprobs" in wanted:
         wanted.add("cumulative_logprob")
     return tuple(name for name in OUTPUTS if name in wanted)
