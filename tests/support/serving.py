@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 import threading
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
+import torch
 from support.models import tiny_config, whole_model
 
 from dualray.actors.completion import Weights
 from dualray.actors.engine import Engine
 from dualray.actors.grpc_server import InferenceServer
-from dualray.data.tokenizer import ByteTokenizer
+from dualray.actors.vllm_tokenizer import model_files
+from dualray.data.tokenizer import ByteTokenizer, Tokenizer
 from dualray.inference.scheduler import Limits, owners
 from dualray.inference.serve_config import ServeConfig
 from dualray.inference.stage_runner import StageRunner
 from dualray.inference.step_runner import StepRunner
+from dualray.model.config import ModelConfig
 from dualray.model.moe import LocalDispatch
 
 LIMITS = Limits(num_blocks=64, block_size=4, max_batch=8, max_context=64, max_waiting=8)
@@ -31,8 +36,18 @@ WEIGHTS = Weights(training_step=7, digest="abc123")
 class Served:
     """`plans` are the steps run so far; `fault(plan, sampled)` may change or break a step."""
 
-    def __init__(self, *, max_request_s: float = 60.0, security: ServeConfig | None = None) -> None:
-        config = tiny_config(vocab_size=257, num_nextn_predict_layers=0)
+    def __init__(
+        self,
+        *,
+        max_request_s: float = 60.0,
+        security: ServeConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        files: bool = True,
+    ) -> None:
+        """Raw bytes without `tokenizer`; with `files` the server can hand its tokenizer out."""
+        self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+        config = tiny_config(vocab_size=self._tokenizer.vocab_size, num_nextn_predict_layers=0)
+        self._files = text_side(self._tokenizer, config) if files else None
         stage = StageRunner(
             whole_model(config),
             LocalDispatch(config.n_routed_experts),
@@ -54,13 +69,13 @@ class Served:
         self.gate.set()
         self.engine = Engine(
             model_name="tiny",
-            tokenizer=ByteTokenizer(),
+            tokenizer=self._tokenizer,
             owners=owners(1, 1, 1),
             limits=LIMITS,
             max_request_s=self._max_request_s,
             run_step=self._run_step,
         )
-        self.server = InferenceServer(self.engine, self._security)
+        self.server = InferenceServer(self.engine, self._security, self._files)
         target = await self.server.start("127.0.0.1", 0)
         await self.engine.start()
         return target
@@ -97,6 +112,13 @@ class Served:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def text_side(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, bytes]:
+    """What a server of fp32 weights hands out beside them."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return model_files(Path(folder), tokenizer, config, torch.float32)
 
 
 @contextlib.contextmanager
