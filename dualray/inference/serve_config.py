@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dualray.errors import ConfigError
 from dualray.inference.block_pool import blocks_for
 from dualray.inference.scheduler import Limits
+from dualray.inference.serve_records import check_records
 
 DEFAULT_CONTEXT = 4096
 """Tokens of context that nobody has to ask for."""
@@ -30,8 +31,17 @@ class ServeConfig:
     port: int = 50051
     """Port to listen on; 0 takes a free one."""
     metrics_port: int | None = None
-    """Port on which Prometheus scrapes the engine's metrics over HTTP, at serve.host; 0 takes a
-    free one, None serves none."""
+    """Port on which Prometheus scrapes the engine's metrics at serve.host, over HTTPS if tls_cert
+    is given and then with a client's certificate if tls_client_ca is, otherwise over HTTP; it
+    asks for no token. 0 takes a free one, None serves none."""
+    access_log: str | None = None
+    """File to which each request adds a line of JSON when it ends, on the head node; `-` is the
+    engine's standard output, None keeps no log. A file that was moved away is made anew."""
+    access_log_prompts: bool = False
+    """Write the prompts too; the file is then readable by its owner only (mode 0600)."""
+    otlp_endpoint: str | None = None
+    """http://HOST:PORT or https://HOST:PORT of an OpenTelemetry collector that takes OTLP over
+    gRPC; each request becomes a trace there, a child of its caller's. None traces nothing."""
     max_batch: int = 16
     """Sequences that one (replica, expert rank, direction) decodes together."""
     max_context: int | None = None
@@ -112,6 +122,11 @@ class ServeConfig:
                 hint="set it to a number of seconds such as 600",
             )
         self._check_security()
+        check_records(
+            access_log=self.access_log,
+            access_log_prompts=self.access_log_prompts,
+            otlp_endpoint=self.otlp_endpoint,
+        )
 
     def _check_security(self) -> None:
         """What holds without a look at the files, which lie on the machine that serves."""

@@ -57,6 +57,34 @@ def test_the_cache_holds_a_full_batch_of_full_length():
             "it out for 4 MiB.",
         ),
         (
+            {"access_log": ""},
+            "serve.access_log is empty and must name a file; give a path, - for standard output, "
+            "or leave it out for no log.",
+        ),
+        (
+            {"access_log_prompts": True},
+            "serve.access_log_prompts is true and serve.access_log is not given, so that there is "
+            "nothing to write prompts to; set serve.access_log too, or leave "
+            "serve.access_log_prompts out.",
+        ),
+        *(
+            (
+                {"otlp_endpoint": wrong},
+                f"serve.otlp_endpoint is {wrong} and must be http://HOST:PORT or "
+                "https://HOST:PORT; give the address where a collector takes OTLP over gRPC, such "
+                "as http://127.0.0.1:4317.",
+            )
+            for wrong in (
+                "collector:4317",
+                "grpc://collector:4317",
+                "http://collector",
+                "http://:4317",
+                "http://collector:99999",
+                "http://collector:4317/v1/traces",
+                "",
+            )
+        ),
+        (
             {"tls_cert": "a.pem"},
             "serve.tls_cert is a.pem and serve.tls_key is not given, but TLS needs both; set "
             "serve.tls_key too, or neither.",
@@ -86,3 +114,8 @@ def test_the_context_cannot_exceed_the_models():
         "serve.max_context 65 exceeds model.max_position_embeddings 64; lower serve.max_context "
         "or leave it out."
     )
+
+
+@pytest.mark.parametrize("right", ["http://10.0.0.7:4317", "https://[::1]:4317/"])
+def test_where_traces_go(right):
+    assert ServeConfig(otlp_endpoint=right).otlp_endpoint == right
