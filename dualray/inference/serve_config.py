@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dualray.errors import ConfigError
 from dualray.inference.block_pool import blocks_for
 from dualray.inference.scheduler import Limits
+from dualray.inference.serve_modes import check_modes
 from dualray.inference.serve_records import check_records
 
 DEFAULT_CONTEXT = 4096
@@ -42,6 +43,19 @@ class ServeConfig:
     otlp_endpoint: str | None = None
     """http://HOST:PORT or https://HOST:PORT of an OpenTelemetry collector that takes OTLP over
     gRPC; each request becomes a trace there, a child of its caller's. None traces nothing."""
+    admin_port: int | None = None
+    """Port of the admin service, which switches modes and pauses generation; 0 takes a free one,
+    None has no admin service. It is secured like serve.port."""
+    admin_host: str = "127.0.0.1"
+    """Address that the admin service listens on."""
+    optimizer: str = "keep"
+    """Where optimizer state is while a run serves that can go on training: `keep` where it is,
+    `park` in host memory, or `drop`, which commits a checkpoint of the step first and reads it to
+    train again. Workers without a GPU park what is in host memory already: nothing is copied."""
+    drain_s: float = 30.0
+    """Seconds that accepted requests get to end when the run stops or leaves serving."""
+    retry_after_s: float = 30.0
+    """Seconds after which refused callers are asked to come again while the run does not serve."""
     max_batch: int = 16
     """Sequences that one (replica, expert rank, direction) decodes together."""
     max_context: int | None = None
@@ -122,6 +136,14 @@ class ServeConfig:
                 hint="set it to a number of seconds such as 600",
             )
         self._check_security()
+        check_modes(
+            optimizer=self.optimizer,
+            drain_s=self.drain_s,
+            retry_after_s=self.retry_after_s,
+            port=self.port,
+            metrics_port=self.metrics_port,
+            admin_port=self.admin_port,
+        )
         check_records(
             access_log=self.access_log,
             access_log_prompts=self.access_log_prompts,
