@@ -37,6 +37,7 @@ from dualray.parallel.layout import Layout
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import Phase
 from dualray.parallel.slots import ExpertPlacement
+from dualray.parallel.state_place import StateBytes, StatePlace
 from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.parallel.trainer import Trainer
 
@@ -241,9 +242,21 @@ class StageWorker:
         )
         return self.info()
 
+    def cache_bytes(self) -> int:
+        """Of the latent cache; 0 while the worker does not serve."""
+        return 0 if self._runner is None else self._runner.cache_bytes
+
     def stop_serving(self) -> None:
         """Give the latent cache back."""
         self._runner = None
+
+    def put_state_away(self, place: str) -> StateBytes:
+        """Keep, park or drop optimizer state; no step can be made until `bring_state_back`."""
+        return self.trainer.put_state_away(StatePlace(place))
+
+    def bring_state_back(self) -> None:
+        """What was dropped has to be restored from a checkpoint then."""
+        self.trainer.bring_state_back()
 
     def run_plan(self, plan: StepPlan) -> list[Outcome]:
         """One inference step. A collective over the replica's workers."""

@@ -93,6 +93,11 @@ class StepRunner:
         self._entries = {d: d for d in stages} if entries is None else entries
         self._transport = transport
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the latent caches of all stages."""
+        return sum(stage.cache.size_bytes for stage in self._stages.values())
+
     def run(self, plan: StepPlan) -> list[Outcome]:
         """Runs this worker's stages; returns what was scored and chosen here, if a last stage is
         held.
