@@ -6,7 +6,7 @@ Start it with `ray.remote(EngineActor)`; it keeps no tensors and no process grou
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,7 @@ from dualray.inference.plan import Outcome, Owner, StepPlan
 from dualray.inference.scheduler import Limits
 from dualray.inference.serve_config import ServeConfig
 from dualray.parallel.rebalancing import Rebalancing
+from dualray.parallel.slots import ExpertPlacement
 
 
 class EngineActor:
@@ -35,9 +36,12 @@ class EngineActor:
         limits: Limits,
         config: ServeConfig,
         workers: Sequence[Any],
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
+        """`files` are those of `model_files`, for gateways that ask for the tokenizer."""
         self._config = config
         self._workers = tuple(workers)
+        self._files = files
         self._engine = Engine(
             model_name=model_name,
             tokenizer=tokenizer,
@@ -59,7 +63,7 @@ class EngineActor:
             ConfigError: a file of the server's security cannot be used.
             ResourceError: the port is taken.
         """
-        server = InferenceServer(self._engine, self._config)
+        server = InferenceServer(self._engine, self._config, self._files)
         target = await server.start(self._config.host, self._config.port)
         self._server = server
         if self._config.metrics_port is not None:
@@ -85,13 +89,21 @@ class EngineActor:
 
         With `rebalancing` experts move between workers as requests load them.
         """
+        self._balancer = None
         if rebalancing is not None:
             self._balancer = ServingBalancer(rebalancing, self._workers)
         await self._engine.serve(Weights(training_step=training_step, digest=digest), owners)
 
-    async def drain(self, then: str = EngineState.TRAINING) -> None:
-        """Lets accepted requests end and refuses new ones; the workers are free afterwards."""
-        await self._engine.drain(EngineState(then))
+    async def drain(self, then: str = EngineState.TRAINING, within_s: float | None = None) -> int:
+        """Lets accepted requests end and refuses new ones; the workers are free afterwards.
+
+        Returns how many took longer than `within_s` seconds and were ended.
+        """
+        return await self._engine.drain(EngineState(then), within_s)
+
+    async def placement(self) -> ExpertPlacement | None:
+        """Where experts are since they were last served; None if they cannot move in serving."""
+        return None if self._balancer is None else self._balancer.rebalancing.placement
 
     async def stop(self, grace_s: float = 1.0) -> None:
         """Ends requests and closes the ports; the metrics' last, so that they show the end."""
