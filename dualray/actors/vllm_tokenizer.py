@@ -41,9 +41,9 @@ _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # zip knows no earlier date
 
 
 def model_files(
-    folder: Path, tokenizer: Tokenizer, model: ModelConfig, dtype: torch.dtype
+    folder: Path, tokenizer: Tokenizer, model: ModelConfig, dtype: str
 ) -> dict[str, bytes]:
-    """Files by name: those of a tokenizer folder, completed. Weights are of `dtype`."""
+    """Files by name: those of a tokenizer folder, completed. Weights are of `train.dtype`."""
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
     text = _object(files.get(_TEXT))
     if tokenizer.kind == "bytes":
@@ -87,16 +87,12 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, str]]:
         yield piece, hashlib.sha256(data).hexdigest() if last else ""
 
 
-def _config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _config(model: ModelConfig, dtype: str) -> dict[str, Any]:
     """Hugging Face's words for the architecture, or ours where it has none."""
     if model.attention == "mla":
-        return to_hugging_face(model, dtype)
+        return to_hugging_face(model, getattr(torch, dtype))
     own = dataclasses.asdict(model)
-    return {"model_type": "dualray", "architectures": [], **own, "torch_dtype": _name(dtype)}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return {"model_type": "dualray", "architectures": [], **own, "torch_dtype": dtype}
 
 
 def _byte_characters() -> list[str]:

@@ -21,6 +21,7 @@ from dualray.actors.cluster import NAMESPACE, Connection
 from dualray.actors.engine_actor import EngineActor
 from dualray.actors.gang import Gang, WorkerLostError
 from dualray.actors.stage_worker import WorkerSpec
+from dualray.actors.vllm_tokenizer import model_files
 from dualray.checkpoint.attached_files import restore_files
 from dualray.checkpoint.reader import Reader
 from dualray.data.dataset import TokenDataset
@@ -169,7 +170,8 @@ class Controller:
     def _start_engine(self, tokenizer_folder: Path) -> None:
         """Listen before training starts: a taken port must not be found out at its end."""
         assert self._gang is not None
-        run = self._a.run
+        run, serving = self._a.run, self._phases[-1]
+        tokenizer = load_tokenizer(tokenizer_folder)
         actor: Any = ray.remote(EngineActor)
         self._engine = actor.options(
             name=f"{run.name}.engine",
@@ -179,11 +181,12 @@ class Controller:
             resources=ON_HEAD_NODE,
         ).remote(
             model_name=run.name,
-            tokenizer=load_tokenizer(tokenizer_folder),
+            tokenizer=tokenizer,
             owners=self._owners(),
             limits=self._limits(),
             config=run.serve,
             workers=self._gang.workers,
+            files=model_files(tokenizer_folder, tokenizer, serving.model, serving.train.dtype),
         )
         listening: str = ray.get(self._engine.start.remote())
         # Whoever listens on every address is reached at this node's own.

@@ -14,7 +14,6 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import torch
 from support.models import tiny_config, whole_model
 
 from dualray.actors.completion import Weights
@@ -118,7 +117,7 @@ def text_side(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, bytes]:
     """What a server of fp32 weights hands out beside them."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
-        return model_files(Path(folder), tokenizer, config, torch.float32)
+        return model_files(Path(folder), tokenizer, config, "float32")
 
 
 @contextlib.contextmanager
