@@ -15,14 +15,13 @@ from smg_grpc_proto import vllm_engine_pb2_grpc as vllm_grpc
 from dualray.actors.engine import Engine, EngineState
 from dualray.actors.grpc_malformed import RefuseMalformed
 from dualray.actors.grpc_security import OwnAccess, Security
-from dualray.actors.grpc_service import InferenceService
-from dualray.actors.vllm_service import VllmService
+from dualray.actors.grpc_service import SERVICE, InferenceService
+from dualray.actors.request_records import RequestRecords
+from dualray.actors.vllm_service import VLLM_SERVICE, VllmService
 from dualray.errors import ResourceError
 from dualray.inference.serve_config import ServeConfig
 from dualray.proto import inference_pb2_grpc as pb_grpc
 
-SERVICE = "inference.GRPCInferenceService"
-VLLM_SERVICE = "vllm.grpc.engine.VllmEngine"
 SERVICES = (SERVICE, VLLM_SERVICE)
 """What the port serves; their health follows the engine's state."""
 
@@ -45,16 +44,19 @@ class InferenceServer:
         config: ServeConfig | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Of `config` the security and the message limit count; by default nothing is secured.
+        """Of `config` the security, the message limit and the records of requests count; by
+        default nothing is secured and nothing recorded.
 
         `files` are those of `model_files`, for gateways that ask for the tokenizer.
 
         Raises:
-            ConfigError: a certificate, key or tokens file cannot be used.
+            ConfigError: a certificate, key or tokens file cannot be used, or the access log.
         """
         config = config or ServeConfig()
         self._engine = engine
         self._security = Security(config)
+        self._records = RequestRecords(engine, config)
+        watch = self._records.watch
         self._own_access: OwnAccess | None = None
         self._server = grpc.aio.server(
             interceptors=(engine.metrics.calls, *self._security.interceptors, RefuseMalformed()),
@@ -65,8 +67,9 @@ class InferenceServer:
         )
         self._health = health.aio.HealthServicer()  # pyrefly: ignore[missing-attribute]
         self._watch: asyncio.Task[None] | None = None
-        pb_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(engine), self._server)
-        vllm_grpc.add_VllmEngineServicer_to_server(VllmService(engine, files), self._server)
+        inference = InferenceService(engine, watch)
+        pb_grpc.add_GRPCInferenceServiceServicer_to_server(inference, self._server)
+        vllm_grpc.add_VllmEngineServicer_to_server(VllmService(engine, files, watch), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -105,6 +108,7 @@ class InferenceServer:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
         self._security.close()
+        await self._records.stop()
 
     async def _follow_engine(self) -> None:
         state = None

@@ -30,7 +30,8 @@ REQUEST_METHODS = frozenset(
     }
 )
 """Methods whose calls ask for completions."""
-_STRANGERS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+STRANGERS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+"""Codes of those who may not ask at all."""
 _NO_REFUSAL = (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED)
 _TRACE_HEADERS = ("traceparent", "tracestate")
 _MAX_ID = 256
@@ -147,7 +148,7 @@ class RequestWatch:
         was_request = id(context) in self._seen
         self._seen.discard(id(context))
         refused = method in REQUEST_METHODS and not was_request and code not in _NO_REFUSAL
-        if self._observers and (refused or code in _STRANGERS):
+        if self._observers and (refused or code in STRANGERS):
             now_ns = time.monotonic_ns()
             self._tell(self._ended(method, Watched(""), context, code, None, now_ns))
 

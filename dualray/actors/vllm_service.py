@@ -31,21 +31,32 @@ from dualray.actors.refusals import (
     refuse,
     set_trailer,
 )
+from dualray.actors.request_watch import RequestWatch, Watched
 from dualray.actors.vllm_answers import GenerateAnswers
 from dualray.actors.vllm_requests import read_request
 from dualray.actors.vllm_tokenizer import archive, chunks
 from dualray.errors import RequestError
 
+VLLM_SERVICE = "vllm.grpc.engine.VllmEngine"
 SERVER_TYPE = "vllm-grpc"
 """What the protocol calls servers of its kind."""
+NO_REPOSITORY = "worker:"
+"""Before a tokenizer's name. Gateways look for it on the Hugging Face hub before they ask us, and
+no name there has a colon: a run called gpt2 must not be given GPT-2's tokenizer."""
 
 
 class VllmService(pb_grpc.VllmEngineServicer):
     """The protocol's methods over one engine."""
 
-    def __init__(self, engine: Engine, files: Mapping[str, bytes] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        files: Mapping[str, bytes] | None = None,
+        watch: RequestWatch | None = None,
+    ) -> None:
         """`files` are those of `model_files`; without them GetTokenizer is refused."""
         self._engine = engine
+        self._watch = watch or RequestWatch(engine)
         self._config = {} if files is None else json.loads(files["config.json"])
         self._archive = None if files is None else archive(files)
         self._active: dict[str, list[Completion]] = {}
@@ -59,23 +70,31 @@ class VllmService(pb_grpc.VllmEngineServicer):
         """
         set_trailer(context, self._engine)
         self._last_request_unix_s = time.time()
+        method = f"/{VLLM_SERVICE}/Generate"
         try:
-            call = read_request(request, self._engine.limits.max_context)
-            self._refuse_known(call.request_id)
-            completions = submit_all(self._engine, call.prompt, call.params, every_token=True)
-            if call.request_id:
-                self._active[call.request_id] = completions
-            try:
-                answers = GenerateAnswers(call, len(completions[0].request.prompt_ids))
-                async with aclosing(merged(completions)) as deltas:
-                    async for index, delta in deltas:
-                        for message in answers.messages(index, delta):
-                            await context.write(message)
-            finally:
-                self._active.pop(call.request_id, None)
-                cancel_all(completions)
+            with self._watch.request(method, request.request_id, context) as watched:
+                await self._generate(request, watched, context)
         except Exception as error:
             await refuse(context, error)
+
+    async def _generate(
+        self, request: pb.GenerateRequest, watched: Watched, context: Context
+    ) -> None:
+        call = read_request(request, self._engine.limits.max_context)
+        self._refuse_known(call.request_id)
+        completions = submit_all(self._engine, call.prompt, call.params, every_token=True)
+        watched.completions = completions
+        if call.request_id:
+            self._active[call.request_id] = completions
+        try:
+            answers = GenerateAnswers(call, len(completions[0].request.prompt_ids))
+            async with aclosing(merged(completions)) as deltas:
+                async for index, delta in deltas:
+                    for message in answers.messages(index, delta):
+                        await context.write(message)
+        finally:
+            self._active.pop(call.request_id, None)
+            cancel_all(completions)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         """Ends the streams of these requests with finish `abort`; unknown ones may be over."""
@@ -94,6 +113,7 @@ class VllmService(pb_grpc.VllmEngineServicer):
         engine = self._engine
         return pb.GetModelInfoResponse(
             model_path=engine.model_name,
+            tokenizer_path=f"{NO_REPOSITORY}{engine.model_name}",
             served_model_name=engine.model_name,
             is_generation=True,
             max_context_length=engine.limits.max_context,
