@@ -74,9 +74,18 @@ class ByteTokenizer:
 class JsonTokenizer:
     """A `tokenizers` tokenizer kept together with the exact bytes of its tokenizer.json."""
 
-    def __init__(self, content: bytes, eos_token: str, *, kind: str = "file") -> None:
+    def __init__(
+        self,
+        content: bytes,
+        eos_token: str,
+        *,
+        kind: str = "file",
+        chat_template: str | list[dict[str, str]] | None = None,
+    ) -> None:
+        """`chat_template` makes a prompt of a conversation: Jinja, or several by name."""
         self.kind = kind
         self.eos_token = eos_token
+        self.chat_template = chat_template
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._content = content
         self._inner = tokenizers.Tokenizer.from_str(content.decode())
@@ -100,10 +109,13 @@ class JsonTokenizer:
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
     def save(self, folder: Path | str) -> None:
-        """Writes tokenizer.json byte for byte, and the name of the end token beside it."""
+        """Writes tokenizer.json byte for byte, end token and chat template beside it."""
         (Path(folder) / "tokenizer.json").write_bytes(self._content)
-        config = json.dumps({"eos_token": self.eos_token}) + "\n"
-        (Path(folder) / "tokenizer_config.json").write_text(config, encoding="utf-8")
+        config: dict[str, Any] = {"eos_token": self.eos_token}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        text = json.dumps(config) + "\n"
+        (Path(folder) / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def load_tokenizer(spec: Path | str) -> Tokenizer:
@@ -130,7 +142,8 @@ def load_tokenizer(spec: Path | str) -> Tokenizer:
             hint="give the tokenizer.json of the Hugging Face `tokenizers` format",
         ) from error
     kind = "bpe" if parsed.get("model", {}).get("type") == "BPE" else "file"
-    return JsonTokenizer(content, _end_token(path, names), kind=kind)
+    template = _chat_template(path)
+    return JsonTokenizer(content, _end_token(path, names), kind=kind, chat_template=template)
 
 
 def _end_token(path: Path, names: dict[str, int]) -> str:
@@ -151,6 +164,14 @@ def _end_token(path: Path, names: dict[str, int]) -> str:
         f"tokenizer {path} has none of the end-of-document tokens {', '.join(_KNOWN_ENDS)}",
         hint='put a tokenizer_config.json with "eos_token" beside it',
     )
+
+
+def _chat_template(path: Path) -> str | list[dict[str, str]] | None:
+    """As transformers finds it: a file of its own comes before tokenizer_config.json."""
+    file = path.with_name("chat_template.jinja")
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    return _json_beside(path, "tokenizer_config.json").get("chat_template")
 
 
 def _json_beside(path: Path, name: str) -> dict[str, Any]:

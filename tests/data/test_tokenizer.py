@@ -84,6 +84,24 @@ def test_the_end_of_document_of_a_given_tokenizer(tmp_path):
         assert load_tokenizer(tmp_path).eos_id == 2
 
 
+def test_the_chat_template_travels_with_a_tokenizer(tmp_path):
+    given, saved = tmp_path / "given", tmp_path / "saved"
+    given.mkdir()
+    saved.mkdir()
+    write_words(given, "</s>")
+    config = given / "tokenizer_config.json"
+    for template in ("{{ messages }}", [{"name": "default", "template": "{{ messages }}"}]):
+        config.write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))
+        load_tokenizer(given).save(saved)
+        assert load_tokenizer(saved).chat_template == template
+    (given / "chat_template.jinja").write_text("a file of its own comes first")
+    assert load_tokenizer(given).chat_template == "a file of its own comes first"
+    BPE.save(saved)
+    assert json.loads((saved / "tokenizer_config.json").read_text()) == {
+        "eos_token": END_OF_DOCUMENT
+    }
+
+
 @pytest.mark.parametrize("number", [2, [2, 0]])
 def test_the_end_of_document_of_a_generation_config(tmp_path, number):
     write_words(tmp_path, "[STOP]")
