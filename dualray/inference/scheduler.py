@@ -1,11 +1,12 @@
 """The inference scheduler: which tokens of which request run in the next step.
 
-Pure decisions over plain data: no clock, no tensor, no process. A request waits first come
-first served, is admitted to one owner for life, and joins at the next step (continuous
-batching): prompts and single tokens run together. Admission reserves the blocks of the
-longest completion the request may need, so that nothing is ever preempted. Finishing,
-cancelling or a deadline returns the blocks at once; steps run one after another, so a block
-is only rewritten by a later step than the one that may still be in flight.
+Pure decisions over plain data: no clock, no tensor, no process. Requests wait first come first
+served, each is admitted to one owner, and joins at the next step (continuous batching): prompts
+and single tokens run together. An owner that runs out of blocks sends its youngest sequence
+back to its place in the queue, from where it is run again from its first token, by whichever
+owner then has room; what it has said counts, so that nobody can tell from the tokens.
+Finishing, cancelling or a deadline returns the blocks at once; steps run one after another, so
+a block is only rewritten by a later step than the one that may still be in flight.
 """
 
 from __future__ import annotations
@@ -14,35 +15,15 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dualray.inference.block_pool import BlockPool, blocks_for
+from dualray.inference.limits import Limits
+from dualray.inference.owner_batch import OwnerBatch
+from dualray.inference.owner_choice import choose_owner
 from dualray.inference.plan import Owner, Sampled, SequencePlan, StepPlan
-from dualray.inference.prompt_spec import prompt_spec
 from dualray.inference.request import FinishReason, QueueFullError, Request
 from dualray.inference.sequence import Sequence
-from dualray.inference.token_history import TokenHistory
 
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one owner can hold and run; the same for all owners."""
-
-    num_blocks: int
-    """Blocks in an owner's pool."""
-    block_size: int
-    """Tokens per block."""
-    max_batch: int
-    """Sequences that an owner runs together."""
-    max_context: int
-    """Longest prompt plus completion, in tokens."""
-    max_step_tokens: int = 2048
-    """Tokens of one owner in one step; a longer prompt runs in several steps."""
-    max_waiting: int = 1024
-    """Requests that may wait for admission, over all owners."""
-
-    def __post_init__(self) -> None:
-        # A request of full length must fit, and decoding must never be crowded out.
-        assert self.num_blocks >= blocks_for(self.max_context, self.block_size)
-        assert self.max_step_tokens >= self.max_batch >= 1
+_LEAD_PART = 4
+"""An owner may run a quarter of max_batch sequences more than another for its cache's sake."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +35,41 @@ class Progress:
     finish: FinishReason | None
     stop_token: bool = False
     """The token itself ended the completion and is no part of the text."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that were found in the cache and not run."""
+
+
+@dataclass(kw_only=True)
+class CacheCounts:
+    """What the cache was asked and what it cost, counted as vLLM counts."""
+
+    num_preemptions: int = 0
+    prefix_queries: int = 0
+    """Tokens of prompts that were looked up."""
+    prefix_hits: int = 0
+    """Tokens of prompts that were found and not run."""
 
 
 class Scheduler:
-    """Admits, plans and retires requests. See the module's essay."""
+    """Admits, plans and retires requests. See the module's essay.
+
+    Blocks are found again within one scheduler only: other weights need another one.
+    """
 
     def __init__(self, *, owners: Iterable[Owner], limits: Limits, eos_id: int | None) -> None:
         self.limits = limits
         self.eos_id = eos_id
-        self._pools = {owner: BlockPool(limits.num_blocks) for owner in owners}
-        self._waiting: deque[Request] = deque()
+        self.counts = CacheCounts()
+        self._batches = {owner: OwnerBatch(owner, limits, eos_id) for owner in owners}
+        self._waiting: deque[Sequence] = deque()
+        """In the order of arrival."""
         self._running: dict[str, Sequence] = {}
+        self._num_arrived = 0
         self._step = 0
 
     @property
     def num_waiting(self) -> int:
+        """Preempted ones included."""
         return len(self._waiting)
 
     @property
@@ -82,12 +83,13 @@ class Scheduler:
 
     @property
     def cache_usage(self) -> float:
-        """Fraction of all blocks that are taken."""
-        total = sum(pool.num_blocks for pool in self._pools.values())
-        return 1 - sum(pool.num_free for pool in self._pools.values()) / total
+        """Fraction of all blocks that running sequences use."""
+        pools = [batch.pool for batch in self._batches.values()]
+        return 1 - sum(pool.num_free for pool in pools) / sum(pool.num_blocks for pool in pools)
 
     def free_blocks(self) -> dict[Owner, int]:
-        return {owner: pool.num_free for owner, pool in self._pools.items()}
+        """Blocks that no running sequence uses; some may still be found by later prompts."""
+        return {owner: batch.pool.num_free for owner, batch in self._batches.items()}
 
     def add(self, request: Request) -> None:
         """Queues a request; it joins at the next `plan` that has room.
@@ -101,23 +103,27 @@ class Scheduler:
                 f"{self.limits.max_waiting}",
                 hint="try again later",
             )
-        self._waiting.append(request)
+        self._waiting.append(Sequence.of(request, self._num_arrived, self.limits.max_context))
+        self._num_arrived += 1
 
-    def remove(self, request_id: str) -> bool:
-        """Ends a request wherever it is and frees its blocks; False when it is not known."""
+    def remove(self, request_id: str, *, spoiled: bool = False) -> bool:
+        """Ends a request wherever it is and frees its blocks; False when it is not known.
+
+        What a `spoiled` one has left in the cache is not used again.
+        """
         sequence = self._running.pop(request_id, None)
         if sequence is not None:
-            self._pools[sequence.owner].give_back(sequence.blocks)
+            self._batch_of(sequence).remove(sequence, spoiled=spoiled)
             return True
-        for request in self._waiting:
-            if request.request_id == request_id:
-                self._waiting.remove(request)
+        for sequence in self._waiting:
+            if sequence.request.request_id == request_id:
+                self._waiting.remove(sequence)
                 return True
         return False
 
     def expire(self, now: float) -> list[str]:
         """Removes every request whose deadline has come and returns their ids."""
-        known = [*self._waiting, *(s.request for s in self._running.values())]
+        known = [s.request for s in (*self._waiting, *self._running.values())]
         late = [r.request_id for r in known if r.deadline is not None and r.deadline <= now]
         for request_id in late:
             self.remove(request_id)
@@ -125,11 +131,11 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when there is nothing to run."""
+        self._preempt()
         self._admit()
         owners: dict[Owner, tuple[SequencePlan, ...]] = {}
-        for owner in self._pools:
-            planned = self._plan_owner([s for s in self._running.values() if s.owner == owner])
-            if planned:
+        for owner, batch in self._batches.items():
+            if planned := batch.plan():
                 owners[owner] = planned
         if not owners:
             return None
@@ -143,6 +149,8 @@ class Scheduler:
             sequence = self._running.get(sampled.request_id)
             if sequence is None:
                 continue
+            if sequence.num_output == 0:
+                self.counts.prefix_hits += sequence.num_cached_tokens
             sequence.add(sampled.token_id)
             finish, stop_token = sequence.finish(self.eos_id)
             if finish is not None:
@@ -153,66 +161,46 @@ class Scheduler:
                     sampled=sampled,
                     finish=finish,
                     stop_token=stop_token,
+                    num_cached_tokens=sequence.num_cached_tokens,
                 )
             )
         return progress
 
+    def check_pool(self) -> None:
+        """Asserts that every block in use is a running sequence's, as often as it is in use."""
+        for batch in self._batches.values():
+            batch.check()
+        assert self._running or not self.cache_usage, "blocks were lost"
+
+    def _preempt(self) -> None:
+        for batch in self._batches.values():
+            for sequence in batch.make_room():
+                self.counts.num_preemptions += 1
+                del self._running[sequence.request.request_id]
+                place = sum(other.arrival < sequence.arrival for other in self._waiting)
+                self._waiting.insert(place, sequence)
+
     def _admit(self) -> None:
         """Admits from the head of the queue only, so that a long request is never overtaken."""
         while self._waiting:
-            request = self._waiting[0]
-            max_length = min(
-                len(request.prompt_ids) + request.params.max_tokens, self.limits.max_context
-            )
-            count = blocks_for(max_length, self.limits.block_size)
-            owner = self._choose_owner(count)
+            sequence = self._waiting[0]
+            candidates = {
+                owner: candidate
+                for owner, batch in self._batches.items()
+                if (candidate := batch.candidate(sequence)) is not None
+            }
+            owner = choose_owner(candidates, self.limits.max_batch // _LEAD_PART)
             if owner is None:
                 return
             self._waiting.popleft()
-            self._running[request.request_id] = Sequence(
-                request=request,
-                owner=owner,
-                blocks=self._pools[owner].take(count),
-                ids=list(request.prompt_ids),
-                max_length=max_length,
-                history=TokenHistory(request.params, request.prompt_ids),
-            )
+            self._running[sequence.request.request_id] = sequence
+            if self.limits.prefix_cache and not sequence.preempted and sequence.reuses:
+                self.counts.prefix_queries += len(sequence.ids)
+            self._batches[owner].admit(sequence)
 
-    def _choose_owner(self, num_blocks: int) -> Owner | None:
-        """The owner with the fewest sequences that has room; the first among equals."""
-        loads = dict.fromkeys(self._pools, 0)
-        for sequence in self._running.values():
-            loads[sequence.owner] += 1
-        fitting = [
-            owner
-            for owner, pool in self._pools.items()
-            if pool.num_free >= num_blocks and loads[owner] < self.limits.max_batch
-        ]
-        return min(fitting, key=loads.__getitem__, default=None)
-
-    def _plan_owner(self, sequences: list[Sequence]) -> tuple[SequencePlan, ...]:
-        """Running completions first: a long prompt must not stall those already streaming."""
-        budget = self.limits.max_step_tokens
-        planned = []
-        for sequence in sorted(sequences, key=lambda s: s.num_output == 0):
-            count = min(len(sequence.ids) - sequence.num_run, budget)
-            if count == 0:
-                continue
-            budget -= count
-            first = sequence.num_run
-            sequence.num_run += count
-            complete = sequence.num_run == len(sequence.ids)
-            planned.append(
-                SequencePlan(
-                    request_id=sequence.request.request_id,
-                    ids=tuple(sequence.ids[first : sequence.num_run]),
-                    first_position=first,
-                    block_table=sequence.blocks,
-                    samples=(sequence.sample_spec(self.eos_id),) if complete else (),
-                    prompt=prompt_spec(sequence.request, first, count),
-                )
-            )
-        return tuple(planned)
+    def _batch_of(self, sequence: Sequence) -> OwnerBatch:
+        assert sequence.owner is not None, "a running sequence has an owner"
+        return self._batches[sequence.owner]
 
 
 def owners(replicas: int, experts: int, directions: int) -> tuple[Owner, ...]:

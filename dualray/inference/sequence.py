@@ -2,32 +2,88 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from dualray.inference.block_pool import blocks_for
 from dualray.inference.plan import Owner, SampleSpec
+from dualray.inference.prefix_cache import Key, extend_keys
 from dualray.inference.request import FinishReason, Request
 from dualray.inference.token_history import TokenHistory
 
 
 @dataclass(kw_only=True, eq=False)
 class Sequence:
-    """Prompt and completion of one request, and the blocks that hold its latents."""
+    """Prompt and completion of one request, and the blocks that hold its latents.
+
+    Waiting, it holds no block; a preempted one waits again and has all its tokens still to run.
+    """
 
     request: Request
-    owner: Owner
-    blocks: tuple[int, ...]
+    arrival: int
+    """Requests are numbered as they come."""
     ids: list[int]
     """Prompt and completion so far."""
     max_length: int
     """Length of prompt plus completion at which it ends."""
     history: TokenHistory
+    owner: Owner | None = None
+    """Who holds its blocks; None while it waits."""
+    blocks: tuple[int, ...] = ()
+    """In order of position; they hold num_run tokens or more."""
     num_run: int = 0
     """Tokens whose latents are in the cache, or will be when the current step ends."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that were found in the cache and not run; what a preempted one finds
+    again does not count."""
+    preempted: bool = False
+    """It has given its blocks back at least once."""
+    num_known: int = 0
+    """Its first blocks that others may find."""
+    _keys: list[Key] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, request: Request, arrival: int, max_context: int) -> Sequence:
+        """A request that has just come."""
+        length = len(request.prompt_ids) + request.params.max_tokens
+        return cls(
+            request=request,
+            arrival=arrival,
+            ids=list(request.prompt_ids),
+            max_length=min(length, max_context),
+            history=TokenHistory(request.params, request.prompt_ids),
+        )
 
     @property
     def num_output(self) -> int:
         """Tokens of the completion so far."""
         return len(self.ids) - len(self.request.prompt_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Known tokens that are still to run; 1 while it decodes."""
+        return len(self.ids) - self.num_run
+
+    @property
+    def reuses(self) -> bool:
+        """Whether blocks that others have filled will do.
+
+        Not where the prompt is scored, for which every row of it must run. Once a token is out
+        the scores are out too.
+        """
+        return self.request.params.prompt_logprobs is None or self.num_output > 0
+
+    def keys(self, count: int, block_size: int) -> list[Key]:
+        """What its first `count` blocks are known by, at least; all of their ids are known."""
+        extend_keys(self._keys, self.ids, count, block_size)
+        return self._keys
+
+    def blocks_to_run(self, block_size: int) -> int:
+        """Blocks that it lacks for all tokens it has."""
+        return max(0, blocks_for(len(self.ids), block_size) - len(self.blocks))
+
+    def blocks_to_end(self, block_size: int) -> int:
+        """Blocks that it may still take, at most."""
+        return max(0, blocks_for(self.max_length, block_size) - len(self.blocks))
 
     def sample_spec(self, eos_id: int | None) -> SampleSpec:
         """How to choose the token behind the last one."""
@@ -49,7 +105,8 @@ class Sequence:
         )
 
     def add(self, token: int) -> None:
-        """Notes a chosen token."""
+        """Notes a chosen token; whatever comes before it was run, accepted drafts included."""
+        self.num_run = len(self.ids)
         self.ids.append(token)
         self.history.add(token)
 

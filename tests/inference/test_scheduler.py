@@ -1,10 +1,8 @@
-"""The inference scheduler against hand-made steps, and under random traffic."""
+"""The inference scheduler against hand-made steps."""
 
 import pickle
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dualray.inference.plan import Adjustment, Owner, Sampled, StepPlan
 from dualray.inference.request import FinishReason, QueueFullError, Request, SamplingParams
@@ -217,10 +215,10 @@ def test_a_deadline_removes_running_and_waiting_requests():
 
 
 def test_requests_wait_for_blocks_in_order():
-    # Each needs 4 of 8 blocks; the third waits although a short one behind it would fit.
+    # Each needs 4 of 9 blocks; the third waits although a short one behind it would fit.
     scheduler = make(num_blocks=9)
-    for name in "abc":
-        scheduler.add(request(name, max_tokens=13))
+    for token, name in enumerate("abc"):
+        scheduler.add(request(name, [token] * 13))
     scheduler.add(request("d", (1,), max_tokens=1))
     plan = scheduler.plan()
     assert set(ids_by_request(plan)) == {"a", "b"}
@@ -251,41 +249,3 @@ def test_a_long_prompt_runs_in_parts_and_does_not_stall_running_ones():
     plan = scheduler.plan()
     assert ids_by_request(plan)["b"] == (7,)
     assert plan.owners[ONE[0]][1].samples[-1].position == 7
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["add", "step", "step", "cancel"]),
-            st.integers(1, 12),
-            st.integers(1, 9),
-        ),
-        max_size=40,
-    )
-)
-def test_blocks_are_never_shared_or_lost(events):
-    scheduler = make(owners(1, 1, 2), max_batch=3, max_step_tokens=5)
-    names = iter(range(1000))
-    alive = []
-    for kind, first, second in events:
-        if kind == "add":
-            alive.append(str(next(names)))
-            scheduler.add(request(alive[-1], [3] * first, max_tokens=second))
-        elif kind == "cancel" and alive:
-            scheduler.remove(alive.pop(first % len(alive)))
-        else:
-            plan = scheduler.plan()
-            if plan is None:
-                continue
-            for sequences in plan.owners.values():
-                blocks = [b for s in sequences for b in s.block_table]
-                assert len(blocks) == len(set(blocks))
-                assert sum(len(s.ids) for s in sequences) <= 5
-                for s in sequences:
-                    assert len(s.block_table) * 4 >= s.first_position + len(s.ids)
-            scheduler.apply(answer(plan))
-    while (plan := scheduler.plan()) is not None:
-        scheduler.apply(answer(plan))
-    assert scheduler.num_running == scheduler.num_waiting == 0
-    assert set(scheduler.free_blocks().values()) == {8}
