@@ -63,6 +63,7 @@ class InferenceServer:
             options=(
                 *SERVER_OPTIONS,
                 ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_concurrent_streams", config.max_streams),
             ),
         )
         self._health = health.aio.HealthServicer()  # pyrefly: ignore[missing-attribute]

@@ -74,6 +74,8 @@ class ServeConfig:
     """Longest time in seconds that a request may take, whatever its own deadline says."""
     max_message_bytes: int = 4 * 1024 * 1024
     """Most bytes of one message that a client may send; at least 1024."""
+    max_streams: int = 1024
+    """Calls that one connection may have open; further ones wait at the client."""
     tls_cert: str | None = None
     """PEM file with the server's certificate and the chain below it; None serves without TLS.
     Paths are the head node's. Replaced files count from the next connection on."""
@@ -86,7 +88,7 @@ class ServeConfig:
     and reflection must carry one. Read again when it changes; None asks for no token."""
 
     def __post_init__(self) -> None:
-        for field in ("max_batch", "block_size", "max_waiting"):
+        for field in ("max_batch", "block_size", "max_waiting", "max_streams"):
             if getattr(self, field) < 1:
                 raise ConfigError(
                     f"serve.{field} is {getattr(self, field)} and must be at least 1",

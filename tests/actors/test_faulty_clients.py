@@ -4,6 +4,7 @@ import grpc
 import pytest
 from support.serving import serving
 
+from dualray.inference.serve_config import ServeConfig
 from dualray.proto import inference_pb2 as pb
 from dualray.proto import inference_pb2_grpc as pb_grpc
 
@@ -81,3 +82,22 @@ def test_a_client_that_goes_away_gives_its_blocks_back_at_once(served):
     served.hold(False)
     with grpc.insecure_channel(served.target) as other:
         assert tokens(stream(other, request(4))) == 4
+
+
+def test_a_connection_has_as_many_calls_open_as_it_may():
+    with (
+        serving(security=ServeConfig(max_streams=2)) as served,
+        grpc.insecure_channel(served.target) as channel,
+        grpc.insecure_channel(
+            served.target, options=[("grpc.use_local_subchannel_pool", 1)]
+        ) as other,
+    ):
+        scheduler = served.engine.scheduler
+        served.hold()
+        open_calls = [stream(channel, request(4)) for _ in range(3)]
+        served.until(lambda: scheduler.num_running + scheduler.num_waiting == 2)
+        # Another connection's call comes through, the third one of this connection has not.
+        elsewhere = stream(other, request(4))
+        served.until(lambda: scheduler.num_running + scheduler.num_waiting == 3)
+        served.hold(False)
+        assert [tokens(call) for call in (*open_calls, elsewhere)] == [4, 4, 4, 4]
