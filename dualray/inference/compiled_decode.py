@@ -62,7 +62,7 @@ class CompiledDecode:
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[SequencePlan], hidden_TD: Tensor | None) -> Tensor:
-        """Hidden states (T, D) of the stage, or logits (T, vocab) if it is the last one."""
+        """Hidden states (T, D) of the stage, normalised for the head if it is the last one."""
         size = next(size for size in self._sizes if size >= len(sequences))
         missing = size - len(sequences)
         padded = [*sequences, *[self._padding] * missing]
@@ -121,4 +121,4 @@ def _step(
         dispatch=dispatch,
     )
     hidden_TD = stage(stage.embed(x, ctx) if stage.is_first else x, ctx)
-    return stage.logits(hidden_TD, ctx) if stage.is_last else hidden_TD
+    return stage.norm(hidden_TD) if stage.is_last else hidden_TD

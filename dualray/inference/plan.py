@@ -74,21 +74,39 @@ class PromptSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Drafting:
+    """How a sequence goes through the MTP modules once its tokens are chosen (`speculative`)."""
+
+    first_position: int
+    """A multiple of the block size. The modules' caches hold this request's rows from here on, and
+    nothing before it is attended to or run."""
+    num_drafts: int
+    """Tokens to propose behind the last one chosen; 0 while a part of the prompt is to come."""
+    num_passes: int
+    """Modules to walk, one after the other, `num_drafts` or more."""
+    next_ids: tuple[int, ...] = ()
+    """Tokens behind `ids` where none is chosen: the prompt's next ones."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SequencePlan:
     """Tokens of one request to run in this step."""
 
     request_id: str
     ids: tuple[int, ...]
-    """Token ids: the prompt or a part of it, or the one token chosen last."""
+    """Token ids: the prompt or a part of it, or the one token chosen last and drafts behind it."""
     first_position: int
     """Position of ids[0]; everything before it is in the cache."""
     block_table: tuple[int, ...]
     """Block ids in order of position; covers first_position + len(ids) tokens or more."""
     samples: tuple[SampleSpec, ...]
     """How to choose the token behind each of the last rows, one by one; none while a part of the
-    prompt is still to come."""
+    prompt is still to come. Of several rows all but the first are drafts, which count only while
+    they are what the row before them chose."""
     prompt: PromptSpec | None = None
     """None scores no prompt tokens."""
+    drafting: Drafting | None = None
+    """None walks no MTP module."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +127,22 @@ class StepPlan:
         """
         return tuple(sorted({o.direction for o in self.owners if o.replica == replica}))
 
+    def draft_passes(self, replica: int, direction: int) -> int:
+        """MTP modules that every expert rank of the direction walks, with no token if need be.
+
+        Decided here and not by what is accepted, which the other ranks do not know.
+        """
+        return max(
+            (
+                sequence.drafting.num_passes
+                for owner, sequences in self.owners.items()
+                if (owner.replica, owner.direction) == (replica, direction)
+                for sequence in sequences
+                if sequence.drafting is not None
+            ),
+            default=0,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampled:
@@ -124,6 +158,8 @@ class Sampled:
     """How many tokens are at least as likely, itself included: 1 is the likeliest."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest (id, log-probability) pairs, when asked for, likeliest first."""
+    draft_ids: tuple[int, ...] = ()
+    """What may come next, if this is the last token of its request in the step."""
 
     @property
     def is_nan(self) -> bool:

@@ -6,7 +6,7 @@ Embeds where it is the first stage, chooses tokens where it is the last one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBat
 from dualray.inference.plan import PromptScored, Sampled, SampleSpec, SequencePlan
 from dualray.inference.prompt_scores import score_prompts
 from dualray.inference.sampler import sample
+from dualray.inference.speculative import Drafter, accepted, row_by_row
 from dualray.model.context import ExpertDispatch, ForwardContext, RoutingTape
 from dualray.model.stage import Stage
 
@@ -33,8 +34,9 @@ class StageRunner:
     """One held stage with its latent cache. Runs without gradients.
 
     `dispatch` is the direction's own. A stage that gets no sequences still runs its layers
-    on zero tokens: the other expert ranks wait for it in every exchange. Decode steps of up to
-    `compile_batch` sequences are compiled here, once, which takes minutes; 0 for none.
+    on zero tokens: the other expert ranks wait for it in every exchange. Steps that run up to
+    `compile_batch` rows, each of which chooses a token, are compiled here, once, which takes
+    minutes; 0 for none. With `drafts` a last stage also caches what its MTP modules need.
     """
 
     def __init__(
@@ -45,19 +47,22 @@ class StageRunner:
         num_blocks: int,
         block_size: int,
         compile_batch: int = 0,
+        drafts: bool = False,
     ) -> None:
         weight = stage.get_parameter(f"layers.{stage.layer_range.start}.self_attn.o_proj.weight")
         self.stage = stage
         self.device, self.dtype = weight.device, weight.dtype
         self._dispatch = dispatch
+        mtp = [module.layer for module in stage.mtp_modules()] if drafts and stage.is_last else []
         self.cache = LatentCache(
-            stage.layer_range,
+            [*stage.layer_range, *mtp],
             num_blocks=num_blocks + (compile_batch > 0),
             block_size=block_size,
             row_dim=stage.config.cache_dim,
             dtype=self.dtype,
             device=self.device,
         )
+        self._drafter = Drafter(stage, self.cache, dispatch) if mtp else None
         self._compiled: CompiledDecode | None = None
         if compile_batch:
             self._compiled = CompiledDecode(
@@ -71,19 +76,26 @@ class StageRunner:
         sequences: Sequence[SequencePlan],
         hidden_TD: Tensor | None,
         tape: RoutingTape | None = None,
+        *,
+        draft_passes: int = 0,
     ) -> StageOutput:
         """Runs the sequences' new tokens; `hidden_TD` is None for the first stage.
 
-        `tape` records or replays the expert choices of this call's T rows.
+        `tape` records or replays the expert choices of this call's T rows. Behind a last stage's
+        layers follow so many MTP modules.
         """
+        apart = row_by_row(sequences)
         scores = any(sequence.prompt is not None for sequence in sequences)
         plain = tape is None and not scores
-        if self._compiled is not None and plain and self._compiled.takes(sequences):
-            out = self._compiled.run(sequences, hidden_TD)
-            ends, asked = _asked(sequences)
-            sampled = sample(out[ends], asked) if self.stage.is_last and asked else []
+        if self._compiled is not None and plain and self._compiled.takes(apart):
+            out = self._compiled.run(apart, hidden_TD)
+            if not self.stage.is_last:
+                return StageOutput(hidden_TD=out, sampled=[], scored=[])
+            sampled = self._say(out, sequences, draft_passes)
             return StageOutput(hidden_TD=out, sampled=sampled, scored=[])
-        batch = PagedBatch.build(sequences, self.cache.block_size, self.device)
+        # Where starting a kernel is dear, rows that attend in one call; else fewer, larger calls.
+        split = sequences if self.device.type == "cpu" else apart
+        batch = PagedBatch.build(split, self.cache.block_size, self.device)
         ctx = ForwardContext(
             positions_T=batch.positions_T,
             seq_lens=batch.seq_lens,
@@ -97,14 +109,28 @@ class StageRunner:
             hidden_TD = self.stage.embed(ids_T, ctx)
         assert hidden_TD is not None, "only the first stage has no input"
         hidden_TD = self.stage(hidden_TD, ctx)
-        sampled: list[Sampled] = []
-        scored: list[PromptScored] = []
-        if self.stage.is_last:
-            scored = score_prompts(self.stage, hidden_TD, ctx, sequences)
-            ends, asked = _asked(sequences)
-            if asked:
-                sampled = sample(self.stage.logits(hidden_TD[ends], ctx), asked)
+        if not self.stage.is_last:
+            return StageOutput(hidden_TD=hidden_TD, sampled=[], scored=[])
+        scored = score_prompts(self.stage, hidden_TD, ctx, sequences)
+        sampled = self._say(self.stage.norm(hidden_TD), sequences, draft_passes)
         return StageOutput(hidden_TD=hidden_TD, sampled=sampled, scored=scored)
+
+    def _say(
+        self, normed_TD: Tensor, sequences: Sequence[SequencePlan], draft_passes: int
+    ) -> list[Sampled]:
+        """The tokens that stand, each sequence's last one with drafts of what may follow."""
+        ends, asked = _asked(sequences)
+        sampled: list[Sampled] = []
+        if asked:
+            sampled = sample(self.stage.head(normed_TD[ends]), asked)
+        tokens = accepted(sequences, sampled)
+        if draft_passes:
+            assert self._drafter is not None, "the plan asks for drafts, which are switched off"
+            drafts = self._drafter.propose(normed_TD, sequences, tokens, draft_passes)
+            for stands, ids in zip(tokens, drafts):
+                if stands and ids:
+                    stands[-1] = replace(stands[-1], draft_ids=ids)
+        return [token for stands in tokens for token in stands]
 
 
 def _asked(sequences: Sequence[SequencePlan]) -> tuple[list[int], list[tuple[str, SampleSpec]]]:

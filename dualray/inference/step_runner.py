@@ -114,7 +114,11 @@ class StepRunner:
             owner = Owner(replica=self._replica, expert=self._expert, direction=entry)
             sequences = plan.sequences(owner)
             num_tokens = sum(len(sequence.ids) for sequence in sequences)
-            output = runner.run(sequences, self._input(runner, direction, num_tokens))
+            output = runner.run(
+                sequences,
+                self._input(runner, direction, num_tokens),
+                draft_passes=plan.draft_passes(self._replica, entry),
+            )
             outcomes += [*output.scored, *output.sampled]
             if not runner.stage.is_last and num_tokens:
                 assert self._transport is not None

@@ -104,9 +104,9 @@ class Stage(nn.Module):
             x_TD = self.layers[str(layer)](x_TD, ctx)
         return x_TD
 
-    def head(self, normed_TD: Tensor, ctx: ForwardContext) -> Tensor:
+    def head(self, normed_TD: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         """Logits (T, vocab) of normalised hidden states."""
-        return linear(normed_TD, self._head_weight(), ctx.weight_grads)
+        return linear(normed_TD, self._head_weight(), None if ctx is None else ctx.weight_grads)
 
     def logits(self, hidden_TD: Tensor, ctx: ForwardContext) -> Tensor:
         """Final norm and head."""
