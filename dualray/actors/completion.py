@@ -64,6 +64,8 @@ class Completion:
         self.num_tokens = 0
         self.num_preemptions = 0
         """How often it lost its blocks and began anew."""
+        self.num_cached_tokens = 0
+        """Tokens of the prompt that were found in the cache and not run."""
         self.timer: asyncio.TimerHandle | None = None
         self._text = text
         self._on_cancel = on_cancel
@@ -120,6 +122,8 @@ class Completion:
         Tokens whose text may not be shown yet are held for the next delta, but for `every_token`.
         """
         finish = progress.finish
+        self.num_cached_tokens = progress.num_cached_tokens
+        self.num_preemptions = progress.num_preemptions
         self.num_tokens += 1
         self._held.append(progress.sampled)
         piece = ""

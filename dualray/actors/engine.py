@@ -34,7 +34,7 @@ from dualray.inference.request import (
     ServerFaultError,
     check_token_ids,
 )
-from dualray.inference.scheduler import Limits, Scheduler
+from dualray.inference.scheduler import CacheCounts, Limits, Scheduler
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,9 @@ class Engine:
         self.metrics = EngineMetrics(model_name)
         self.weights = Weights(training_step=0, digest="")
         self.tokenizer = tokenizer
-        self.scheduler = self._new_scheduler(owners)
+        self._owners = tuple(owners)
+        self._cache_counts = CacheCounts()
+        self.scheduler = self._new_scheduler()
         self._max_request_s = max_request_s
         self._run_step, self._before_step = run_step, before_step
         self._completions: dict[str, Completion] = {}
@@ -92,8 +94,13 @@ class Engine:
         """Starts the loop. Requests are refused until `serve`."""
         self._task = asyncio.create_task(self._loop(), name="engine")
 
-    def _new_scheduler(self, owners: Iterable[Owner]) -> Scheduler:
-        return Scheduler(owners=owners, limits=self.limits, eos_id=self.tokenizer.eos_id)
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(
+            owners=self._owners,
+            limits=self.limits,
+            eos_id=self.tokenizer.eos_id,
+            counts=self._cache_counts,
+        )
 
     async def serve(self, weights: Weights, owners: Iterable[Owner] | None = None) -> None:
         """Takes requests from now on, answered by `weights`.
@@ -109,9 +116,11 @@ class Engine:
                 f"model {self.model_name} cannot serve again, its engine has {self.state}",
                 hint="start the run again",
             )
+        assert not self._completions, "their latents are of other weights"
         if owners is not None:
-            assert not self._completions, "requests belong to an owner for life"
-            self.scheduler = self._new_scheduler(owners)
+            self._owners = tuple(owners)
+        # The old one would find blocks of the old weights.
+        self.scheduler = self._new_scheduler()
         self.weights = weights
         self.stats.first_token_unix_s = None
         self._gate.open()
@@ -222,6 +231,7 @@ class Engine:
         now_ns = time.monotonic_ns()
         for outcome in results:
             if outcome.is_nan:
+                self.scheduler.remove(outcome.request_id, spoiled=True)
                 self._drop(
                     outcome.request_id,
                     ServerFaultError(

@@ -1,21 +1,21 @@
 """What the engine does, as plain counters and as Prometheus metrics under vLLM's names.
 
 Dashboards and autoscalers written for vLLM then work unchanged: names, labels and buckets are
-those of its `vllm/v1/metrics/loggers.py`. What the engine does not do (preemption, prefix
-cache, speculation) has no series here rather than one that is always 0. Every engine has a
-registry of its own, so that two in one process do not add up.
+those of its `vllm/v1/metrics/loggers.py`. What the engine does not do (speculation) has no
+series here rather than one that is always 0. Every engine has a registry of its own, so that
+two in one process do not add up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from dualray.actors.completion import Completion
 from dualray.actors.grpc_metrics import CallCounter
 from dualray.inference.request import FinishReason
-from dualray.inference.scheduler import Scheduler
+from dualray.inference.scheduler import CacheCounts, Scheduler
 
 FIRST_TOKEN_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
@@ -69,6 +69,10 @@ class EngineMetrics:
         self._cache = self._gauge("kv_cache_usage_perc", "Latent cache in use; 1 is all of it.")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens processed.")
         self._generated = self._counter("generation_tokens", "Tokens generated.")
+        self._preemptions = self._counter("num_preemptions", "Times a request lost its blocks.")
+        self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
+        self._hits = self._counter("prefix_cache_hits", "Prompt tokens found and not run.")
+        self._counted = CacheCounts()
         ended = Counter(
             "vllm:request_success",
             "Requests that ended, by reason.",
@@ -99,10 +103,18 @@ class EngineMetrics:
         )
 
     def show_load(self, scheduler: Scheduler) -> None:
-        """Sets the gauges. Not read when scraped: that is another thread's doing."""
+        """Sets the gauges and what the cache has counted.
+
+        Not read when scraped: that is another thread's doing.
+        """
         self._running.set(scheduler.num_running)
         self._waiting.set(scheduler.num_waiting)
         self._cache.set(scheduler.cache_usage)
+        counts, counted = scheduler.counts, self._counted
+        self._preemptions.inc(counts.num_preemptions - counted.num_preemptions)
+        self._queries.inc(counts.prefix_queries - counted.prefix_queries)
+        self._hits.inc(counts.prefix_hits - counted.prefix_hits)
+        self._counted = replace(counts)
 
     def add_token(self, completion: Completion, now_ns: int) -> None:
         """Counts a token that came at `now_ns`; the first one also counts its prompt."""

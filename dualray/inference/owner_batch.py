@@ -71,7 +71,7 @@ class OwnerBatch:
             sequence = self._sequences.pop()
             lacking -= self._needs_block(sequence)
             self._give_back(sequence)
-            sequence.preempted = True
+            sequence.num_preemptions += 1
             preempted.append(sequence)
         return preempted
 
@@ -172,7 +172,7 @@ class OwnerBatch:
             index += 1
         if index == first:
             return
-        if not sequence.preempted:
+        if not sequence.num_preemptions:
             sequence.num_cached_tokens += index * size - sequence.num_run
         sequence.blocks = tuple(blocks)
         sequence.num_run, sequence.num_known = index * size, index

@@ -37,6 +37,8 @@ class Progress:
     """The token itself ended the completion and is no part of the text."""
     num_cached_tokens: int = 0
     """Tokens of the prompt that were found in the cache and not run."""
+    num_preemptions: int = 0
+    """How often the request has lost its blocks so far."""
 
 
 @dataclass(kw_only=True)
@@ -56,10 +58,18 @@ class Scheduler:
     Blocks are found again within one scheduler only: other weights need another one.
     """
 
-    def __init__(self, *, owners: Iterable[Owner], limits: Limits, eos_id: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        owners: Iterable[Owner],
+        limits: Limits,
+        eos_id: int | None,
+        counts: CacheCounts | None = None,
+    ) -> None:
+        """`counts` go on from an earlier scheduler."""
         self.limits = limits
         self.eos_id = eos_id
-        self.counts = CacheCounts()
+        self.counts = CacheCounts() if counts is None else counts
         self._batches = {owner: OwnerBatch(owner, limits, eos_id) for owner in owners}
         self._waiting: deque[Sequence] = deque()
         """In the order of arrival."""
@@ -162,6 +172,7 @@ class Scheduler:
                     finish=finish,
                     stop_token=stop_token,
                     num_cached_tokens=sequence.num_cached_tokens,
+                    num_preemptions=sequence.num_preemptions,
                 )
             )
         return progress
@@ -194,7 +205,7 @@ class Scheduler:
                 return
             self._waiting.popleft()
             self._running[sequence.request.request_id] = sequence
-            if self.limits.prefix_cache and not sequence.preempted and sequence.reuses:
+            if self.limits.prefix_cache and sequence.reuses and not sequence.num_preemptions:
                 self.counts.prefix_queries += len(sequence.ids)
             self._batches[owner].admit(sequence)
 

@@ -35,8 +35,8 @@ class Sequence:
     num_cached_tokens: int = 0
     """Tokens of the prompt that were found in the cache and not run; what a preempted one finds
     again does not count."""
-    preempted: bool = False
-    """It has given its blocks back at least once."""
+    num_preemptions: int = 0
+    """How often it had to give its blocks back."""
     num_known: int = 0
     """Its first blocks that others may find."""
     _keys: list[Key] = field(default_factory=list)
