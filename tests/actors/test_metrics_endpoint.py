@@ -39,7 +39,10 @@ BUCKETS = {
     "request_decode_time_seconds": REQUEST,
 }
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-COUNTERS = ("prompt_tokens", "generation_tokens", "request_success")
+COUNTERS = (
+    *("prompt_tokens", "generation_tokens", "request_success"),
+    *("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"),
+)
 CALLS = ("grpc_server_started", "grpc_server_handled")
 
 
