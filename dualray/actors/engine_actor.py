@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import ray
+
 from dualray.actors.balancer import ServingBalancer
 from dualray.actors.completion import Weights
 from dualray.actors.engine import Engine, EngineState
 from dualray.actors.grpc_security import OwnAccess
 from dualray.actors.grpc_server import InferenceServer
 from dualray.actors.metrics_server import MetricsServer
+from dualray.actors.plan_channel import PlanChannels
 from dualray.data.tokenizer import Tokenizer
 from dualray.inference.plan import Outcome, Owner, StepPlan
 from dualray.inference.scheduler import Limits
@@ -25,7 +28,7 @@ from dualray.parallel.slots import ExpertPlacement
 
 
 class EngineActor:
-    """Forwards to `Engine`. Every worker handle has `run_plan(plan) -> list[Outcome]`."""
+    """Forwards to `Engine`. Every worker handle has `open_plans(node) -> Door`."""
 
     def __init__(
         self,
@@ -41,6 +44,7 @@ class EngineActor:
         """`files` are those of `model_files`, for gateways that ask for the tokenizer."""
         self._config = config
         self._workers = tuple(workers)
+        self._channels = PlanChannels()
         self._files = files
         self._engine = Engine(
             model_name=model_name,
@@ -92,6 +96,10 @@ class EngineActor:
         self._balancer = None
         if rebalancing is not None:
             self._balancer = ServingBalancer(rebalancing, self._workers)
+        node = ray.util.get_node_ip_address()
+        doors = await asyncio.gather(*(w.open_plans.remote(node) for w in self._workers))
+        self._channels.close()
+        await self._channels.open(doors)
         await self._engine.serve(Weights(training_step=training_step, digest=digest), owners)
 
     async def drain(self, then: str = EngineState.TRAINING, within_s: float | None = None) -> int:
@@ -108,6 +116,7 @@ class EngineActor:
     async def stop(self, grace_s: float = 1.0) -> None:
         """Ends requests and closes the ports; the metrics' last, so that they show the end."""
         await self._engine.stop()
+        self._channels.close()
         if self._server is not None:
             await self._server.stop(grace_s)
         if self._metrics is not None:
@@ -135,5 +144,5 @@ class EngineActor:
             await self._balancer.before_step()
 
     async def _run_step(self, plan: StepPlan) -> list[Outcome]:
-        results = await asyncio.gather(*(w.run_plan.remote(plan) for w in self._workers))
+        results = await self._channels.run(plan)
         return [outcome for part in results for outcome in part]

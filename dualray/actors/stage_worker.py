@@ -2,7 +2,7 @@
 
 Thin on purpose: state plus forwarded calls. What the calls do is tested without Ray in the
 layers below. Ray runs an actor's calls in order on one thread, which is what a process
-group demands.
+group demands; plans come to another thread, when no such call is under way.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch.distributed import TCPStore
 
+from dualray.actors.plan_channel import Door, PlanDoor
 from dualray.checkpoint import trainer_state
 from dualray.checkpoint.attached_files import file_pieces
 from dualray.checkpoint.reader import Reader
@@ -86,6 +87,7 @@ class StageWorker:
         self._trainer: Trainer | None = None
         self._loader: Loader | None = None
         self._runner: StepRunner | None = None
+        self._door: PlanDoor | None = None
         self._store: TCPStore | None = None
         self._nodes: NodeMap | None = None
         torch.set_num_threads(spec.threads)
@@ -246,8 +248,22 @@ class StageWorker:
         """Of the latent cache; 0 while the worker does not serve."""
         return 0 if self._runner is None else self._runner.cache_bytes
 
+    def open_plans(self, engine_node: str) -> Door:
+        """Let the engine on that node send plans, none but it; see `PlanDoor`."""
+        self._close_plans()
+        host = "127.0.0.1" if engine_node == self.node else self.node
+        self._door = PlanDoor(host, self.run_plan)
+        return self._door.at
+
+    def _close_plans(self) -> None:
+        """A step that is under way ends first."""
+        if self._door is not None:
+            self._door.close()
+            self._door = None
+
     def stop_serving(self) -> None:
         """Give the latent cache back."""
+        self._close_plans()
         self._runner = None
 
     def put_state_away(self, place: str) -> StateBytes:
@@ -268,6 +284,7 @@ class StageWorker:
 
     def stop(self) -> None:
         """Leave the groups, so that peers do not wait for a process that is going away."""
+        self._close_plans()
         if self._trainer is not None:
             self._trainer.close()
             self._trainer = None

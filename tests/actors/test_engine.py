@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from support.plan_workers import DoorWorker
 
 from dualray.actors.completion import Weights
 from dualray.actors.engine import Engine, EngineState
@@ -239,24 +240,14 @@ def test_a_refused_request_leaves_nothing_behind():
 
 
 def test_the_actor_asks_every_worker_and_joins_their_tokens():
-    """`EngineActor` without Ray: a worker is whatever has `run_plan.remote`."""
+    """`EngineActor` without Ray: a worker is whatever has `open_plans.remote`."""
     script = Script("hello")
 
-    class Method:
-        def __init__(self, holds_last_stage):
-            self.holds_last_stage = holds_last_stage
-            self.num_calls = 0
-
-        async def remote(self, plan):
-            self.num_calls += 1
-            return await script(plan) if self.holds_last_stage else []
-
-    class Worker:
-        def __init__(self, holds_last_stage):
-            self.run_plan = Method(holds_last_stage)
-
     async def scenario():
-        workers = [Worker(False), Worker(True)]
+        workers = [
+            DoorWorker(lambda plan: []),
+            DoorWorker(lambda plan: asyncio.run(script(plan))),
+        ]
         actor = EngineActor(
             model_name="m",
             tokenizer=ByteTokenizer(),
@@ -276,7 +267,7 @@ def test_the_actor_asks_every_worker_and_joins_their_tokens():
         text = await asyncio.to_thread(ask)
         stats = await actor.stats()
         await actor.stop(grace_s=0)
-        return text, [w.run_plan.num_calls for w in workers], stats
+        return text, [w.num_calls for w in workers], stats
 
     text, calls, stats = asyncio.run(scenario())
     assert (text, calls) == ("hello", [5, 5])

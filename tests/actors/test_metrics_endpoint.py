@@ -9,6 +9,7 @@ import urllib.request
 
 import pytest
 from support.models import tiny_config, whole_model
+from support.plan_workers import DoorWorker
 from support.scrapes import Scrape, scraping
 from support.serving import LIMITS, serving
 
@@ -105,7 +106,9 @@ def test_phases_add_up(served, scrape):
         for completion in batch:
             served.call(completion.whole())
     answer = scrape()
-    first, nexts, whole, queue, inference, prefill, decode = (answer(f"{name}_sum") for name in BUCKETS)
+    first, nexts, whole, queue, inference, prefill, decode = (
+        answer(f"{name}_sum") for name in BUCKETS
+    )
     stats = served.engine.stats
     # Sums of a few dozen float64: rounding only.
     assert first == pytest.approx(queue + prefill, rel=1e-9)
@@ -237,20 +240,13 @@ def actor_of(**config) -> EngineActor:
     )
     walk = StepRunner(replica=0, expert=0, stages={0: stage})
 
-    class RunPlan:
-        async def remote(self, plan):
-            return walk.run(plan)
-
-    class Worker:
-        run_plan = RunPlan()
-
     return EngineActor(
         model_name="tiny",
         tokenizer=ByteTokenizer(),
         owners=owners(1, 1, 1),
         limits=LIMITS,
         config=ServeConfig(port=0, **config),
-        workers=[Worker()],
+        workers=[DoorWorker(walk.run)],
     )
 
 
