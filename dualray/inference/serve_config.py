@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dualray.errors import ConfigError
 from dualray.inference.block_pool import blocks_for
-from dualray.inference.scheduler import Limits
+from dualray.inference.limits import Limits
 from dualray.inference.serve_modes import check_modes
 from dualray.inference.serve_records import check_records
 
@@ -63,6 +63,11 @@ class ServeConfig:
     no more than 4096: the cache is taken in full when serving starts."""
     block_size: int = 16
     """Tokens per block of the latent cache."""
+    num_blocks: int | None = None
+    """Blocks of each latent cache; None takes what max_batch sequences of max_context tokens need.
+    With fewer, long completions may lose theirs to older ones and be run again from the start."""
+    prefix_cache: bool = True
+    """Share the blocks of prompts that begin alike, and keep them for later ones."""
     max_step_tokens: int = 2048
     """Tokens that one (replica, expert rank, direction) runs in a step, prompts included."""
     compile_batch: int = 0
@@ -177,10 +182,10 @@ class ServeConfig:
             )
 
     def limits(self, max_position_embeddings: int) -> Limits:
-        """The inference scheduler's limits; the cache holds max_batch sequences of full length.
+        """The inference scheduler's limits.
 
         Raises:
-            ConfigError: max_context is longer than the model allows.
+            ConfigError: max_context is longer than the model allows or num_blocks can hold.
         """
         max_context = self.max_context or min(max_position_embeddings, DEFAULT_CONTEXT)
         if max_context > max_position_embeddings:
@@ -189,11 +194,19 @@ class ServeConfig:
                 f"{max_position_embeddings}",
                 hint="lower serve.max_context or leave it out",
             )
+        longest = blocks_for(max_context, self.block_size)
+        if self.num_blocks is not None and self.num_blocks < longest:
+            raise ConfigError(
+                f"serve.num_blocks is {self.num_blocks} and must be at least {longest}, which one "
+                f"request of {max_context} tokens needs in blocks of {self.block_size}",
+                hint=f"set serve.num_blocks to {longest} or more, or lower serve.max_context",
+            )
         return Limits(
-            num_blocks=self.max_batch * blocks_for(max_context, self.block_size),
+            num_blocks=self.num_blocks or self.max_batch * longest,
             block_size=self.block_size,
             max_batch=self.max_batch,
             max_context=max_context,
             max_step_tokens=self.max_step_tokens,
             max_waiting=self.max_waiting,
+            prefix_cache=self.prefix_cache,
         )

@@ -7,6 +7,18 @@ from dualray.inference.serve_config import ServeConfig
 def test_the_cache_holds_a_full_batch_of_full_length():
     limits = ServeConfig(max_batch=3, block_size=16).limits(100)
     assert (limits.max_context, limits.num_blocks) == (100, 21)
+    assert limits.prefix_cache
+
+
+def test_blocks_are_counted_by_the_user_if_he_likes():
+    config = ServeConfig(max_batch=30, num_blocks=7, prefix_cache=False)
+    assert (config.limits(100).num_blocks, config.limits(100).prefix_cache) == (7, False)
+    with pytest.raises(ConfigError) as raised:
+        config.limits(113)
+    assert str(raised.value) == (
+        "serve.num_blocks is 7 and must be at least 8, which one request of 113 tokens needs in "
+        "blocks of 16; set serve.num_blocks to 8 or more, or lower serve.max_context."
+    )
 
 
 @pytest.mark.parametrize(
