@@ -102,11 +102,16 @@ class Engine:
             counts=self._cache_counts,
         )
 
-    async def serve(self, weights: Weights, owners: Iterable[Owner] | None = None) -> None:
+    async def serve(
+        self,
+        weights: Weights,
+        owners: Iterable[Owner] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
         """Takes requests from now on, answered by `weights`.
 
-        `owners` replaces those that the engine was made with: training may have ended in another
-        layout than it began with.
+        `owners` and `limits` replace those that the engine was made with: training may have ended
+        in another layout than it began with, or in another phase than its last.
 
         Raises:
             NotServingError: the engine has failed or stopped, so no loop would answer.
@@ -119,6 +124,7 @@ class Engine:
         assert not self._completions, "their latents are of other weights"
         if owners is not None:
             self._owners = tuple(owners)
+        self.limits = limits or self.limits
         # The old one would find blocks of the old weights.
         self.scheduler = self._new_scheduler()
         self.weights = weights

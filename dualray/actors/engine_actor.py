@@ -88,8 +88,9 @@ class EngineActor:
         digest: str,
         owners: Sequence[Owner],
         rebalancing: Rebalancing | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        """Takes requests from now on, for the owners that there are by now.
+        """Takes requests from now on, for the owners and limits that there are by now.
 
         With `rebalancing` experts move between workers as requests load them.
         """
@@ -100,7 +101,8 @@ class EngineActor:
         doors = await asyncio.gather(*(w.open_plans.remote(node) for w in self._workers))
         self._channels.close()
         await self._channels.open(doors)
-        await self._engine.serve(Weights(training_step=training_step, digest=digest), owners)
+        weights = Weights(training_step=training_step, digest=digest)
+        await self._engine.serve(weights, owners, limits)
 
     async def drain(self, then: str = EngineState.TRAINING, within_s: float | None = None) -> int:
         """Lets accepted requests end and refuses new ones; the workers are free afterwards.
