@@ -75,18 +75,6 @@ def sampling(**values) -> vllm.SamplingParams:
 
 
 INFER = (request(), request(n=2, seed=5), with_json(), raw())
-SERVICE_METHODS = {
-    "ModelInfer": INFER,
-    "ModelStreamInfer": (*INFER, streamed()),
-    "ServerLive": (pb.ServerLiveRequest(),),
-    "ServerReady": (pb.ServerReadyRequest(),),
-    "ModelReady": (pb.ModelReadyRequest(name="tiny"),),
-    "ServerMetadata": (pb.ServerMetadataRequest(),),
-    "ModelMetadata": (pb.ModelMetadataRequest(name="tiny", version="7"),),
-    "ModelConfig": (pb.ModelConfigRequest(name="tiny"),),
-    "ModelStatistics": (pb.ModelStatisticsRequest(name="tiny"),),
-    "RepositoryIndex": (pb.RepositoryIndexRequest(ready=True),),
-}
 GENERATE = (
     vllm.GenerateRequest(text="hello", sampling_params=sampling(max_tokens=3)),
     vllm.GenerateRequest(text="hello", stream=True, sampling_params=sampling(max_tokens=3, n=2)),
