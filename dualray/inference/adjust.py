@@ -1,9 +1,9 @@
-"""Bias, penalties and bans on the logits of the requests that ask for them.
+"""Bias, penalties, bans and grammars on the logits of the requests that ask for them.
 
 The order is vLLM's: logit_bias, then the repetition penalty, then frequency and presence, all
 before temperature and cuts. Only the named tokens' logits are touched, so that the work
-grows with what a request has said and not with the vocabulary. B rows, V vocabulary, A
-adjusted rows, N touched logits over all of them.
+grows with what a request has said and not with the vocabulary, but for grammars. B rows, V
+vocabulary, A adjusted rows, N touched logits over all of them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dualray.inference.plan import Adjustment
 def adjust(logits_BV: Tensor, adjustments: Sequence[tuple[int, Adjustment]]) -> None:
     """Changes, in place, the rows named by `adjustments` (row, how). Float32 or float64.
 
-    A row's new values depend on that row alone. Finite logits stay finite, but for banned
-    tokens, which become -inf.
+    A row's new values depend on that row alone. Finite logits stay finite, but for tokens that
+    are banned or not allowed, which become -inf.
     """
     rows_A, how_A = zip(*adjustments)
     cells = _Cells(logits_BV, rows_A, [[i for i, _ in a.logit_bias] for a in how_A])
@@ -48,6 +48,17 @@ def adjust(logits_BV: Tensor, adjustments: Sequence[tuple[int, Adjustment]]) -> 
     cells = _Cells(logits_BV, rows_A, [a.banned_ids for a in how_A])
     if cells:
         logits_BV[cells.at] = float("-inf")
+
+    for row, how in adjustments:
+        if how.allowed:
+            logits_BV[row].masked_fill_(_outside(how.allowed, logits_BV), float("-inf"))
+
+
+def _outside(allowed: bytes, logits_BV: Tensor) -> Tensor:
+    """Bool (V): the tokens that are not in a packed set."""
+    V = logits_BV.shape[1]
+    bits = np.unpackbits(np.frombuffer(allowed, np.uint8), count=V, bitorder="little")
+    return torch.from_numpy(bits == 0).to(logits_BV.device)
 
 
 class _Cells:

@@ -44,6 +44,8 @@ class Adjustment:
     """(token id, how often) over the completion; the prompt does not count."""
     banned_ids: tuple[int, ...] = ()
     """Ids that must not be chosen (stop tokens before min_tokens)."""
+    allowed: bytes = b""
+    """Ids to choose from, at least one of them, packed (`token_masks`); empty for all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,32 +1,21 @@
 """A served request: what the caller asked for, checked field by field.
 
 Names and defaults of the sampling parameters are vLLM's, so that existing clients need no
-change. A parameter of theirs that this server does not offer is refused unless it carries
-its neutral value: nothing a caller sets is silently ignored.
+change.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from functools import partial
 from typing import Any
 
 from dualray.errors import RequestError
-from dualray.inference.parameter_values import (
-    read_biases,
-    read_bool,
-    read_float,
-    read_float_or,
-    read_int,
-    read_ints,
-    read_optional_int,
-    read_strings,
-    require,
-)
+from dualray.inference.grammar_matcher import GrammarMatcher
+from dualray.inference.parameter_values import require
+from dualray.inference.sampling_parsers import PARSERS, read_parameters
+from dualray.inference.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 """Most alternatives per token that a request may ask for (vLLM's limit)."""
@@ -37,23 +26,8 @@ MAX_BIASES = 300
 MAX_N = 128
 """Most completions of one request (OpenAI's limit)."""
 
-NOT_OFFERED: Mapping[str, Any] = {
-    "best_of": 1,
-    "bad_words": None,
-    "allowed_token_ids": None,
-    "detokenize": True,
-    "skip_special_tokens": True,
-    "spaces_between_special_tokens": True,
-    "truncate_prompt_tokens": None,
-    "structured_outputs": None,
-    "guided_decoding": None,
-    "use_beam_search": False,
-    "length_penalty": 1,
-    "early_stopping": False,
-    "logits_processors": None,
-    "extra_args": None,
-}
-"""vLLM's parameters that we know and do not offer, with the value that asks for nothing."""
+MAX_BAD_WORDS = 128
+"""Most entries of `bad_words`."""
 
 
 class ModelNotFoundError(RequestError):
@@ -115,6 +89,12 @@ class SamplingParams:
     """Divides positive logits of tokens in prompt or completion, multiplies others; in (0, 2]."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, what is added to its logit, in [-100, 100]) before penalties and temperature."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Token ids to choose from; () for all."""
+    bad_words: tuple[str, ...] = ()
+    """Words whose last token is not chosen behind their other tokens."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the completion must be."""
     seed: int | None = None
     """Makes the choice repeatable; None draws a fresh seed per request."""
     max_tokens: int = 16
@@ -129,10 +109,15 @@ class SamplingParams:
     """Go on after the end-of-sequence token."""
     include_stop_str_in_output: bool = False
     """Keep the matched stop string in the text."""
+    skip_special_tokens: bool = True
+    """Leave the text of special tokens out."""
     logprobs: int | None = None
     """Alternatives to report per token; 0 reports the chosen token only."""
     prompt_logprobs: int | None = None
     """Alternatives to report per prompt token but the first, beside it; None scores no prompt."""
+    truncate_prompt_tokens: int | None = None
+    """Keep so many of the prompt's last tokens; -1 as many as leave room for max_tokens, None
+    refuses a prompt that is too long."""
 
     def __post_init__(self) -> None:
         require(1 <= self.n <= MAX_N, "n", self.n, f"must lie between 1 and {MAX_N}")
@@ -151,6 +136,7 @@ class SamplingParams:
             "must be above 0 and at most 2",
         )
         self._check_bias()
+        self._check_choices()
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
         require(
             0 <= self.min_tokens <= self.max_tokens,
@@ -173,6 +159,13 @@ class SamplingParams:
                 value,
                 f"must lie between 0 and {MAX_LOGPROBS}",
             )
+        keep = self.truncate_prompt_tokens
+        require(
+            keep is None or keep == -1 or keep >= 1,
+            "truncate_prompt_tokens",
+            keep,
+            "must be -1 or at least 1",
+        )
 
     def each(self) -> list[SamplingParams]:
         """Parameters of the n completions; seeds count up, and the first is the request's own.
@@ -211,6 +204,19 @@ class SamplingParams:
             "must have biases between -100 and 100",
         )
 
+    def _check_choices(self) -> None:
+        ids, words = self.allowed_token_ids, self.bad_words
+        require(all(i >= 0 for i in ids), "allowed_token_ids", list(ids), "must not be negative")
+        require(
+            not (ids and self.structured_outputs),
+            "allowed_token_ids",
+            list(ids),
+            "cannot be combined with structured_outputs",
+        )
+        size = f"{len(words)} words long"
+        require(len(words) <= MAX_BAD_WORDS, "bad_words", size, f"must be at most {MAX_BAD_WORDS}")
+        require(all(words), "bad_words", list(words), "must not contain an empty string")
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Builds from JSON-like values; numbers may come as strings.
@@ -218,15 +224,7 @@ class SamplingParams:
         Raises:
             RequestError: a name is unknown or not offered, or a value breaks its rule.
         """
-        known: dict[str, Any] = {}
-        for name, value in values.items():
-            if name in NOT_OFFERED:
-                _neutral(name, value)
-            elif name in _PARSERS:
-                known[name] = _PARSERS[name](name, value)
-            else:
-                raise _unknown(name)
-        return cls(**known)
+        return cls(**read_parameters(values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +237,15 @@ class Request:
     seed: int
     deadline: float | None = None
     """When to give up, in the engine clock's seconds."""
+    grammar: GrammarMatcher | None = field(default=None, compare=False)
+    """At the completion's beginning; the request's own."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token ids of what must not be said."""
 
     def __post_init__(self) -> None:
         assert self.params.n == 1, "n completions are n requests"
+        wanted = self.params.structured_outputs is not None
+        assert wanted == (self.grammar is not None), "structured_outputs are compiled first"
 
 
 def check_prompt(prompt_ids: Sequence[int], max_context: int, name: str = "text_input") -> None:
@@ -276,47 +280,12 @@ def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
         dict(params.logit_bias),
         f"must name ids below the vocabulary size {vocab_size}",
     )
-
-
-def _neutral(name: str, value: object) -> None:
-    neutral = NOT_OFFERED[name]
-    if value is None or value == neutral or str(value) == str(neutral):
-        return
-    raise RequestError(
-        f"sampling_parameters.{name} is {value} and this server does not offer {name}",
-        hint=f"leave it out or set it to {json.dumps(neutral)}",
-        field=name,
+    require(
+        all(token < vocab_size for token in params.allowed_token_ids),
+        "allowed_token_ids",
+        list(params.allowed_token_ids),
+        f"must be below the vocabulary size {vocab_size}",
     )
 
 
-def _unknown(name: str) -> RequestError:
-    near = difflib.get_close_matches(name, [*_PARSERS, *NOT_OFFERED], n=1)
-    hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(_PARSERS)
-    return RequestError(
-        f"sampling_parameters.{name} is not a sampling parameter",
-        hint=hint,
-        field=name,
-    )
-
-
-_PARSERS = {
-    "n": lambda name, value: 1 if value is None else read_int(name, value),
-    "temperature": read_float,
-    "top_p": read_float,
-    "top_k": read_int,
-    "min_p": read_float,
-    "presence_penalty": partial(read_float_or, 0.0),
-    "frequency_penalty": partial(read_float_or, 0.0),
-    "repetition_penalty": partial(read_float_or, 1.0),
-    "logit_bias": read_biases,
-    "seed": read_optional_int,
-    "max_tokens": read_int,
-    "min_tokens": read_int,
-    "stop": read_strings,
-    "stop_token_ids": read_ints,
-    "ignore_eos": read_bool,
-    "include_stop_str_in_output": read_bool,
-    "logprobs": read_optional_int,
-    "prompt_logprobs": read_optional_int,
-}
-assert set(_PARSERS) == {f.name for f in fields(SamplingParams)}
+assert set(PARSERS) == {f.name for f in fields(SamplingParams)}

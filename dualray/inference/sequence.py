@@ -50,7 +50,12 @@ class Sequence:
             arrival=arrival,
             ids=list(request.prompt_ids),
             max_length=min(length, max_context),
-            history=TokenHistory(request.params, request.prompt_ids),
+            history=TokenHistory(
+                request.params,
+                request.prompt_ids,
+                grammar=request.grammar,
+                bad_words=request.bad_words,
+            ),
         )
 
     @property
@@ -115,6 +120,10 @@ class Sequence:
         params, token = self.request.params, self.ids[-1]
         if token in params.stop_token_ids or (token == eos_id and not params.ignore_eos):
             return FinishReason.STOP, True
+        if self.history.error is not None:
+            return FinishReason.ERROR, False
+        if self.history.is_complete:
+            return FinishReason.STOP, False
         if len(self.ids) >= self.max_length:
             return FinishReason.LENGTH, False
         return None, False

@@ -1,4 +1,4 @@
-"""What a request has said so far, as its penalties and its bias need it.
+"""What a request has said so far, as its penalties, its bias and its grammar need it.
 
 Kept by the scheduler beside the request's tokens, so that the workers keep nothing between
 steps: a plan carries all that its choices depend on, whichever worker holds the last stage. A
@@ -8,16 +8,29 @@ request that adjusts nothing has no history and its plans carry nothing more.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import copy
 
+from dualray.inference.grammar_matcher import GrammarMatcher
 from dualray.inference.plan import Adjustment
 from dualray.inference.request import SamplingParams
+from dualray.inference.token_masks import mask_of, without
 
 
 class TokenHistory:
-    """Token counts of one request, grown by a token at a time."""
+    """Token counts of one request, grown by a token at a time, and its place in its grammar.
 
-    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
+    `bad_words` are token ids; the last of a word is banned behind the others.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Iterable[int],
+        *,
+        grammar: GrammarMatcher | None = None,
+        bad_words: Sequence[tuple[int, ...]] = (),
+    ) -> None:
         self._params = params
         self._bias = tuple((token, bias) for token, bias in params.logit_bias if bias)
         self._repeats = params.repetition_penalty != 1
@@ -25,6 +38,22 @@ class TokenHistory:
         # A dict keeps the order, so that equal requests send equal plans.
         self._seen: dict[int, None] = dict.fromkeys(prompt_ids) if self._repeats else {}
         self._output: Counter[int] = Counter()
+        self._grammar = grammar
+        self._allowed = mask_of(params.allowed_token_ids)
+        self._bad_words = bad_words
+        self._last: list[int] = []
+        """Of the completion, as many tokens as the longest bad word."""
+        self._num_kept = max(map(len, bad_words), default=0)
+
+    @property
+    def is_complete(self) -> bool:
+        """The grammar is satisfied and nothing may follow."""
+        return self._grammar is not None and self._grammar.is_complete
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot go on."""
+        return None if self._grammar is None else self._grammar.error
 
     def add(self, token: int) -> None:
         """Notes a chosen token."""
@@ -32,13 +61,39 @@ class TokenHistory:
             self._seen[token] = None
         if self._counts_output:
             self._output[token] += 1
+        if self._num_kept:
+            self._last = [*self._last, token][-self._num_kept :]
+        if self._grammar is not None:
+            self._grammar.accept(token)
+
+    def after(self, draft: int) -> TokenHistory:
+        """The history with one more token; this one stays as it is."""
+        later = copy(self)
+        later._seen, later._output = dict(self._seen), Counter(self._output)
+        if self._grammar is not None:
+            later._grammar = self._grammar.copy()
+        later.add(draft)
+        return later
+
+    def num_possible(self, drafts: Sequence[int]) -> int:
+        """How many of the tokens may come next, one behind the other, as far as the grammar goes.
+
+        A draft that it refuses is never chosen, and nothing can be said of what is behind it.
+        """
+        return len(drafts) if self._grammar is None else self._grammar.num_possible(drafts)
 
     def adjustment(self, banned_ids: tuple[int, ...]) -> Adjustment | None:
         """What to change in the logits of the next token; None for nothing.
 
-        Parameters whose tokens have not come up yet are left out: they would change nothing.
+        Parameters whose tokens have not come up yet are left out: they would change nothing. Bans
+        give way where a grammar or `allowed_token_ids` leave nothing else, so that there is always
+        a token to choose.
         """
-        if not (banned_ids or self._bias or self._seen or self._output):
+        banned_ids += self._bad_ends()
+        allowed = self._allowed if self._grammar is None else self._grammar.allowed()
+        if allowed:
+            allowed, banned_ids = without(allowed, banned_ids), ()
+        if not (banned_ids or allowed or self._bias or self._seen or self._output):
             return None
         return Adjustment(
             logit_bias=self._bias,
@@ -48,4 +103,13 @@ class TokenHistory:
             presence_penalty=self._params.presence_penalty,
             output_counts=tuple(self._output.items()),
             banned_ids=banned_ids,
+            allowed=allowed,
+        )
+
+    def _bad_ends(self) -> tuple[int, ...]:
+        """Tokens that would end a bad word."""
+        return tuple(
+            word[-1]
+            for word in self._bad_words
+            if len(word) == 1 or self._last[1 - len(word) :] == list(word[:-1])
         )

@@ -1,0 +1,122 @@
+"""Grammars that hold a completion to what its caller asked for, token by token.
+
+llguidance parses the bytes of the tokens and says which ones may come next. It is bounded in
+time and memory by `LIMITS`, whatever the grammar: a hostile one is refused when it is compiled
+or, if its cost shows later, ends its own request. A lexer that has been copied shares its states,
+and their number is limited, so that every completion gets a matcher that was compiled for it.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+
+from dualray.errors import RequestError
+from dualray.inference.grammar_matcher import GrammarMatcher
+from dualray.inference.structured_outputs import StructuredOutputs
+from dualray.inference.token_masks import ids_in
+
+LIMITS = {
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 50_000,
+    "max_items_in_row": 2_000,
+    "max_lexer_states": 10_000,
+    "max_grammar_size": 100_000,
+}
+"""In llguidance's units. What was tried of hostile grammars took up to 0.4 s and 60 MB to compile
+and to refuse, on one Zen 4 core; the library's own limits let one take 0.7 s and 170 MB."""
+
+_FIELD = "structured_outputs"
+
+
+class Grammars:
+    """Compiles what completions must be, for one tokenizer. Safe to use from several threads.
+
+    `tokenizer_json` is a tokenizer.json whose ids are bytes: byte-level, or with byte fallback.
+    """
+
+    def __init__(self, tokenizer_json: bytes, eos_id: int) -> None:
+        self._json = tokenizer_json
+        self._eos_id = eos_id
+
+    def compile(self, what: StructuredOutputs) -> GrammarMatcher:
+        """A matcher at the beginning of a completion. May take some hundred milliseconds.
+
+        Raises:
+            RequestError: the grammar makes no sense, asks for too much, or nothing matches it.
+        """
+        tokenizer = self._tokenizer
+        try:
+            grammar = _grammar(what)
+        except Exception as error:  # the converter raises whatever its own code stumbles over
+            raise _refusal(what, _first_line(error)) from None
+        limits = LLParserLimits(**LIMITS, verbose_errors=False)
+        inner = LLMatcher(tokenizer, grammar, limits=limits, log_level=0)
+        if inner.is_error():
+            raise _refusal(what, _first_line(inner.get_error()))
+        matcher = GrammarMatcher(inner, self._eos_id)
+        _try_first_token(matcher, what)
+        return matcher
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        """Built when first used: a large vocabulary takes a second."""
+        try:
+            return LLTokenizer(self._json.decode(), eos_token=self._eos_id)
+        except ValueError as error:
+            raise RequestError(
+                f"sampling_parameters.{_FIELD} is set and the tokenizer's tokens are no bytes: "
+                f"{_first_line(error)}",
+                hint="leave it out, or serve a model with a byte-level tokenizer",
+                field=_FIELD,
+            ) from None
+
+
+def _grammar(what: StructuredOutputs) -> str:
+    """The constraint in llguidance's words."""
+    if what.is_json:
+        schema = '{"type": "object"}' if what.json is None else what.json
+        # A schema may carry options of its own, and could ask to be taken less literally.
+        options = {
+            "lenient": False,
+            "whitespace_flexible": not what.disable_any_whitespace,
+            "whitespace_pattern": what.whitespace_pattern,
+        }
+        return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    if what.regex is not None:
+        return LLMatcher.grammar_from_regex(what.regex)
+    if what.grammar is not None:
+        return LLMatcher.grammar_from_lark(any_to_lark(what.grammar))
+    # JSON's strings are Lark's.
+    return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, what.choice)))
+
+
+def _try_first_token(matcher: GrammarMatcher, what: StructuredOutputs) -> None:
+    """Some grammars show what they cost, or that nothing matches, once they are used."""
+    trial = matcher.copy()
+    token = next(ids_in(trial.allowed()), None)
+    if token is not None and trial.accept(token):
+        trial.allowed()
+    if trial.error is not None or token is None:
+        raise _refusal(what, trial.error or "nothing matches it")
+
+
+def _refusal(what: StructuredOutputs, reason: str) -> RequestError:
+    kind = next(
+        k for k in ("json", "regex", "grammar", "choice", "json_object") if getattr(what, k)
+    )
+    return RequestError(
+        f"sampling_parameters.{_FIELD}.{kind} cannot be used: {reason}",
+        hint=f"correct {_FIELD}.{kind}",
+        field=_FIELD,
+    )
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= 200 else line[:200] + " ..."

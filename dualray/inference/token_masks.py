@@ -1,0 +1,36 @@
+"""Sets of token ids as packed bits, the form in which they travel to the sampler.
+
+Bit i % 8 of byte i // 8 stands for token i, least significant bit first; a token behind the end
+is not in the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+
+def mask_of(ids: Iterable[int]) -> bytes:
+    """The set of these ids."""
+    found = set(ids)
+    mask = bytearray(max(found) // 8 + 1 if found else 0)
+    for token in found:
+        mask[token // 8] |= 1 << token % 8
+    return bytes(mask)
+
+
+def without(mask: bytes, ids: Iterable[int]) -> bytes:
+    """The set without these ids; the set itself if none would be left."""
+    left = bytearray(mask)
+    for token in ids:
+        if token // 8 < len(left):
+            left[token // 8] &= ~(1 << token % 8)
+    return bytes(left) if any(left) else mask
+
+
+def ids_in(mask: bytes) -> Iterator[int]:
+    """The ids, ascending."""
+    for index, byte in enumerate(mask):
+        while byte:
+            lowest = byte & -byte
+            yield 8 * index + lowest.bit_length() - 1
+            byte ^= lowest
