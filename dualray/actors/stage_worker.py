@@ -238,6 +238,8 @@ class StageWorker:
             expert=trainer.at.expert,
             stages=stages,
             entries={direction: trainer.schedule.entry_of(direction) for direction in stages},
+            numbers=dict(enumerate(trainer.schedule.stage_of[trainer.at.pipeline])),
+            num_stages=trainer.schedule.num_stages,
             transport=PipelineTransport(
                 trainer.links, trainer.schedule, trainer.at.pipeline, trainer.device
             ),

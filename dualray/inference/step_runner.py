@@ -7,6 +7,7 @@ workers.
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dualray.inference.plan import Outcome, Owner, StepPlan
 from dualray.inference.stage_runner import StageRunner
+from dualray.inference.step_groups import groups_of, num_groups
 from dualray.parallel.groups import FORWARD
 from dualray.parallel.p2p import PipelineLinks
 from dualray.schedule.actions import Schedule
@@ -46,7 +48,7 @@ class PipelineTransport:
         self._schedule = schedule
         self._rank = pipeline_rank
         self._device = device
-        self._handed: dict[int, Tensor] = {}
+        self._handed: dict[int, deque[Tensor]] = defaultdict(deque)
         """By receiving direction, what goes from one stage of this rank to the next."""
 
     def send(self, direction: int, hidden_TD: Tensor) -> None:
@@ -54,15 +56,15 @@ class PipelineTransport:
         assert to is not None, "the last stage sends nothing on"
         rank, to_direction = to
         if rank == self._rank:
-            self._handed[to_direction] = hidden_TD
+            self._handed[to_direction].append(hidden_TD)
         else:
             self._links.send(FORWARD, to_direction, hidden_TD, rank)
 
     def receive(self, direction: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        if direction in self._handed:
-            return self._handed.pop(direction)
         source = self._schedule.upstream(self._rank, direction)
         assert source is not None, "the first stage receives nothing"
+        if source[0] == self._rank:
+            return self._handed[direction].popleft()
         incoming = self._links.post(FORWARD, direction, shape, dtype, self._device, source[0])
         return self._links.wait(incoming)
 
@@ -75,7 +77,9 @@ class StepRunner:
 
     `stages[direction]` is the stage that this worker applies to that direction. Its requests
     entered in direction `entries[direction]` and belong to that: another one on the way back of a
-    V, by default the same.
+    V, by default the same. `numbers[direction]` is the stage's number in a pipeline of
+    `num_stages`; by default there is no other stage than those here. A step is split into `groups`
+    groups, by default as many as pay (`step_groups`).
     """
 
     def __init__(
@@ -86,12 +90,19 @@ class StepRunner:
         stages: Mapping[int, StageRunner],
         transport: Transport | None = None,
         entries: Mapping[int, int] | None = None,
+        numbers: Mapping[int, int] | None = None,
+        num_stages: int | None = None,
+        groups: int | None = None,
     ) -> None:
         self._replica = replica
         self._expert = expert
         self._stages = stages
         self._entries = {d: d for d in stages} if entries is None else entries
         self._transport = transport
+        in_order = sorted(stages, key=lambda d: stages[d].stage.layer_range.start)
+        self._numbers = {d: n for n, d in enumerate(in_order)} if numbers is None else numbers
+        self._num_stages = len(stages) if num_stages is None else num_stages
+        self._groups = groups
 
     @property
     def cache_bytes(self) -> int:
@@ -102,30 +113,46 @@ class StepRunner:
         """Runs this worker's stages; returns what was scored and chosen here, if a last stage is
         held.
 
-        Stages run in pipeline order: a worker's early stage feeds others before its late
-        stage waits for them, so no two workers wait for each other.
+        Group g reaches stage s in beat g + s. Work is done by beat, then by direction, as in
+        `schedule.forward_only`: what it needs was sent in an earlier beat, and sending waits for
+        nobody, so no two workers wait for each other. The expert ranks of a stage see the same
+        plan and meet in the same order; one without tokens comes with none.
         """
+        groups = groups_of(plan, self._replica, self._num_groups(plan))
+        work = sorted(
+            (index + self._numbers[direction], direction, index)
+            for index, group in enumerate(groups)
+            for direction in self._stages
+            if self._entries[direction] in group.directions(self._replica)
+        )
         outcomes: list[Outcome] = []
-        entered = plan.directions(self._replica)
-        active = [d for d in self._stages if self._entries[d] in entered]
-        for direction in sorted(active, key=lambda d: self._stages[d].stage.layer_range.start):
-            runner = self._stages[direction]
-            entry = self._entries[direction]
-            owner = Owner(replica=self._replica, expert=self._expert, direction=entry)
-            sequences = plan.sequences(owner)
-            num_tokens = sum(len(sequence.ids) for sequence in sequences)
-            output = runner.run(
-                sequences,
-                self._input(runner, direction, num_tokens),
-                draft_passes=plan.draft_passes(self._replica, entry),
-            )
-            outcomes += [*output.scored, *output.sampled]
-            if not runner.stage.is_last and num_tokens:
-                assert self._transport is not None
-                self._transport.send(direction, output.hidden_TD)
+        for _, direction, index in work:
+            outcomes += self._apply(groups[index], direction)
         if self._transport is not None:
             self._transport.drain()
         return outcomes
+
+    def _num_groups(self, plan: StepPlan) -> int:
+        if self._groups is not None:
+            return self._groups
+        num_walks = len(self._stages)
+        return num_groups(plan, self._replica, num_stages=self._num_stages, num_walks=num_walks)
+
+    def _apply(self, group: StepPlan, direction: int) -> list[Outcome]:
+        """One stage to the group's sequences of one direction."""
+        runner, entry = self._stages[direction], self._entries[direction]
+        owner = Owner(replica=self._replica, expert=self._expert, direction=entry)
+        sequences = group.sequences(owner)
+        num_tokens = sum(len(sequence.ids) for sequence in sequences)
+        output = runner.run(
+            sequences,
+            self._input(runner, direction, num_tokens),
+            draft_passes=group.draft_passes(self._replica, entry),
+        )
+        if not runner.stage.is_last and num_tokens:
+            assert self._transport is not None
+            self._transport.send(direction, output.hidden_TD)
+        return [*output.scored, *output.sampled]
 
     def _input(self, runner: StageRunner, direction: int, num_tokens: int) -> Tensor | None:
         if runner.stage.is_first:
