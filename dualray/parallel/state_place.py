@@ -97,7 +97,7 @@ class Shelf:
             tensor.data = fresh
         for storage, num_bytes in self._buffers:
             storage.resize_(num_bytes)
-            storage.fill_(0)
+            torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
         self._state.clear()
         self._buffers.clear()
 

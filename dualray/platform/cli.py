@@ -18,6 +18,7 @@ from dualray.platform.commands import (
     generate,
     k8s,
     live,
+    mode,
     plan,
     report,
     schedule,
@@ -39,6 +40,7 @@ app.command("generate")(generate.generate_command)
 app.command("score")(score.score)
 app.command("status")(live.status)
 app.command("stop")(live.stop)
+app.command("mode")(mode.mode)
 app.command("submit")(submit.submit)
 app.command("logs")(submit.logs)
 app.command("plan")(plan.plan)

@@ -6,8 +6,6 @@ pass through it; it makes one call per worker and step.
 
 from __future__ import annotations
 
-import threading
-import time
 import traceback
 import uuid
 from pathlib import Path
@@ -17,40 +15,27 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup
 
-from dualray.actors.cluster import NAMESPACE, Connection
-from dualray.actors.engine_actor import EngineActor
+from dualray.actors.cluster import Connection
 from dualray.actors.gang import Gang, WorkerLostError
 from dualray.actors.stage_worker import WorkerSpec
-from dualray.actors.vllm_tokenizer import model_files
 from dualray.checkpoint.attached_files import restore_files
 from dualray.checkpoint.reader import Reader
 from dualray.data.dataset import TokenDataset
-from dualray.data.tokenizer import load_tokenizer
-from dualray.data.yardsticks import yardsticks
 from dualray.errors import DualrayError
-from dualray.inference.plan import Owner
-from dualray.inference.scheduler import Limits, owners
-from dualray.parallel.layout import Layout
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import phase_at
-from dualray.parallel.rebalancing import Rebalancing
 from dualray.platform.assignment import Assignment
-from dualray.platform.client import first_token_at
 from dualray.platform.events import Event, EventLog, Note, StateChange
-from dualray.platform.expert_moves import rebalancing_of, refuse_too_many_copies
-from dualray.platform.metrics import Switch, Yardsticks
+from dualray.platform.expert_moves import refuse_too_many_copies
+from dualray.platform.life import Life
 from dualray.platform.metrics_log import MetricsLog
+from dualray.platform.modes import ModeAnswer, Refusal, mode_of
 from dualray.platform.run_file import to_mapping
 from dualray.platform.scheduling.choice import phase_with, start_of
+from dualray.platform.serving import Serving, owners_of
 from dualray.platform.states import RunState, check_transition
 from dualray.platform.training import Training
-from dualray.schedule.actions import Schedule
-from dualray.schedule.make import make_schedule
-
-ON_HEAD_NODE = {"node:__internal_head__": 0.001}
-"""Pins controller and engine to the head node, which a Kubernetes Service can select."""
-
-_LOOK_AFTER_WORKERS_S = 2.0
+from dualray.platform.wishes import Wishes
 
 
 class Controller:
@@ -72,11 +57,11 @@ class Controller:
         self._connection = connection
         self._events = EventLog()
         self._state = RunState.STARTING
-        self._stop = threading.Event()
+        self._wishes = Wishes(assignment.run.name)
         self._gang: Gang | None = None
-        self._engine: Any = None
-        self._target: str | None = None
+        self._serving: Serving | None = None
         self._training: Training | None = None
+        self._log: MetricsLog | None = None
         self._run_id = uuid.uuid4().hex[:12]
 
     def poll(self, first: int, timeout_s: float) -> list[Event]:
@@ -84,8 +69,16 @@ class Controller:
         return self._events.read(first, timeout_s)
 
     def stop(self) -> None:
-        """Ask the run to end: after the present step, with a committed checkpoint."""
-        self._stop.set()
+        """Ask the run to end: after the present step, with a committed checkpoint. Accepted
+        requests get the time to end that the run file gives them."""
+        self._wishes.stop()
+
+    def switch(self, asked: str) -> ModeAnswer | Refusal:
+        """Let the run train, serve or pause, and say so when it does; see `Mode`."""
+        try:
+            return self._wishes.ask(mode_of(asked))
+        except DualrayError as error:
+            return Refusal(sentence=error.sentence, hint=error.hint)
 
     def status(self) -> dict[str, Any]:
         """What `dualray status` shows."""
@@ -96,11 +89,12 @@ class Controller:
         """The whole life of the run; errors become the final state's reason."""
         try:
             self._live()
-            self._enter(RunState.STOPPING)
+            self._wishes.close(f"run {self._a.run.name} is stopping", "start it again")
             self._release()
             self._enter(RunState.STOPPED)
         except Exception as error:
             reason = self._explain(error)
+            self._wishes.close(f"run {self._a.run.name} has failed", "see what its command says")
             self._release()
             self._enter(RunState.FAILED, reason)
 
@@ -114,9 +108,11 @@ class Controller:
         for word in filter(None, (unused, self._forgotten)):
             self._events.append(Note(word, warning=True))
         gang.start(self._nodes)
-        tokenizer_source = self._prepare_tokenizer()
+        tokenizer = self._prepare_tokenizer()
+        serving = self._serving = Serving(run, gang, self._events)
         if run.serve.after_training:
-            self._start_engine(tokenizer_source)
+            # Before training starts: a taken port must not be found out at its end.
+            serving.listen(tokenizer, owners_of(self._start.layout, self._start.choice))
         self._a.folder.create(to_mapping(run))
         self._write_state()
         if self._a.restore_from is not None:
@@ -125,22 +121,10 @@ class Controller:
                 gang.call("restore", path, self._a.first_step)
             else:
                 gang.call("restore_weights", path)
-        ended = time.time()
-        if self._a.trains and not self._stop.is_set():
-            ended = self._train(gang)
-        if run.serve.after_training and not self._stop.is_set():
-            self._serve(gang, ended)
-            self._look_after(gang)
-
-    def _look_after(self, gang: Gang) -> None:
-        """Until told to stop: see that workers live, and tell when experts move."""
-        told = 0
-        while not self._stop.wait(_LOOK_AFTER_WORKERS_S):
-            gang.call("info")
-            migrations = ray.get(self._engine.migrations.remote())
-            for sentence in migrations[told:]:
-                self._events.append(Note(f"experts while serving: {sentence}"))
-            told = len(migrations)
+        if self._wishes.must_stop:
+            self._enter(RunState.STOPPING)
+        else:
+            self._life(gang, serving).live()
 
     def _spec(self) -> WorkerSpec:
         run = self._a.run
@@ -167,130 +151,48 @@ class Controller:
             restore_files(Reader(self._a.restore_from), "tokenizer", folder)
         return folder
 
-    def _start_engine(self, tokenizer_folder: Path) -> None:
-        """Listen before training starts: a taken port must not be found out at its end."""
-        assert self._gang is not None
-        run, serving = self._a.run, self._phases[-1]
-        tokenizer = load_tokenizer(tokenizer_folder)
-        actor: Any = ray.remote(EngineActor)
-        self._engine = actor.options(
-            name=f"{run.name}.engine",
-            namespace=NAMESPACE,
-            lifetime="detached",
-            num_cpus=0,
-            resources=ON_HEAD_NODE,
-        ).remote(
-            model_name=run.name,
-            tokenizer=tokenizer,
-            owners=self._owners(),
-            limits=self._limits(),
-            config=run.serve,
-            workers=self._gang.workers,
-            files=model_files(tokenizer_folder, tokenizer, serving.model, serving.train.dtype),
-        )
-        listening: str = ray.get(self._engine.start.remote())
-        # Whoever listens on every address is reached at this node's own.
-        host, _, port = listening.rpartition(":")
-        if host in ("0.0.0.0", "[::]"):
-            host = ray.util.get_node_ip_address()
-        self._target = f"{host}:{port}"
-
-    def _present(self) -> tuple[Layout, Schedule]:
-        """How the workers are arranged by now."""
-        layout, choice = self._start.layout, self._start.choice
-        if self._training is not None:
-            arrangement = self._training.arrangement
-            layout, choice = arrangement.layout, arrangement.choice
-        schedule = make_schedule(layout.schedule, layout.pipeline, choice.micro_batches)
-        return layout, schedule
-
-    def _owners(self) -> tuple[Owner, ...]:
-        """Who holds requests: as many directions as micro-batches enter in at present."""
-        layout, schedule = self._present()
-        return owners(layout.replicas, layout.experts, len(schedule.entries))
-
-    def _rebalancing(self) -> Rebalancing | None:
-        """What lets experts move while they serve, from where they are now."""
-        if not self._a.run.experts.serve_rebalance_every:
-            return None
-        trained = self._training
-        return rebalancing_of(
-            self._a.run,
-            *self._present(),
-            self._placement if trained is None else trained.experts.placement,
-            self._nodes,
-            trains=False,
-            has_state=trained is not None,
-        )
-
-    def _limits(self) -> Limits:
-        """What serves is the model of the last phase."""
-        return self._a.run.serve.limits(self._phases[-1].model.max_position_embeddings)
-
-    def _train(self, gang: Gang) -> float:
-        folder = self._a.folder
-        log = (
-            MetricsLog.resume(folder.metrics, self._a.first_step)
-            if self._a.resumes
-            else MetricsLog.create(folder.metrics)
-        )
-        self._enter(RunState.TRAINING)
-        with log:
+    def _life(self, gang: Gang, serving: Serving) -> Life:
+        """What the run does now that its workers have started; training begins a new log."""
+        run, first_step = self._a.run, self._a.first_step
+        if self._a.trains:
+            folder = self._a.folder
+            self._log = (
+                MetricsLog.resume(folder.metrics, first_step)
+                if self._a.resumes
+                else MetricsLog.create(folder.metrics)
+            )
             self._training = Training(
-                self._a.run,
+                run,
                 gang,
                 folder,
                 self._events,
-                log,
-                dataset=TokenDataset.open(self._a.run.data.path, verify=False),
-                first_step=self._a.first_step,
+                self._log,
+                dataset=TokenDataset.open(run.data.path, verify=False),
+                first_step=first_step,
                 start=self._start,
                 placement=self._placement,
                 nodes=self._nodes,
             )
-            self._training.run(self._stop.is_set)
-        return self._training.last_step_ended
-
-    def _serve(self, gang: Gang, training_ended: float) -> None:
-        before = [info.pid for info in gang.infos]
-        self._enter(RunState.SWITCHING)
-        started = time.time()
-        gang.call("start_serving", self._limits(), self._a.run.serve.compile_batch)
-        digest = f"{sum(gang.call('digest')) % 2**128:032x}"
-        step = self._a.first_step if self._training is None else self._training.steps_done
-        ray.get(self._engine.serve.remote(step, digest, self._owners(), self._rebalancing()))
-        assert self._target is not None
-        own = ray.get(self._engine.own_access.remote())
-        first_token = first_token_at(own.target, self._a.run.name, own.token)
-        after = gang.pids()
-        self._enter(RunState.SERVING)
-        self._events.append(
-            Note(f"serving at {self._target} from worker processes {', '.join(map(str, after))}")
+        return Life(
+            self._a,
+            gang,
+            self._events,
+            self._wishes,
+            self._enter,
+            serving,
+            self._training,
+            self._log,
+            start=self._start,
+            placement=self._placement,
+            nodes=self._nodes,
         )
-        if self._training is None or step == self._a.first_step:
-            return  # no optimizer step preceded the switch, so there is nothing to time
-        total, switch = first_token - training_ended, first_token - started
-        self._events.append(
-            Note(
-                f"first token {total:.1f} s after the last optimizer step ({switch:.1f} s for the "
-                "switch itself, before it held-out evaluation and checkpoint)"
-            )
-        )
-        with MetricsLog.resume(self._a.folder.metrics, step) as log:
-            log.append(
-                Switch(seconds_to_first_token=total, workers_before=before, workers_after=after)
-            )
-            sticks = yardsticks(TokenDataset.open(self._a.run.data.path, verify=False))
-            log.append(Yardsticks(**sticks))
 
     def _release(self) -> None:
         """End every process of the run and give its reservation back."""
-        if self._engine is not None:
-            try:
-                ray.get(self._engine.stop.remote(), timeout=10)
-            except Exception as error:  # it must not keep the workers from ending
-                self._events.append(Note(f"the engine did not stop cleanly: {error}", warning=True))
-            ray.kill(self._engine)
+        if self._log is not None:
+            self._log.close()
+        if self._serving is not None:
+            self._serving.stop()
         if self._gang is not None:
             self._gang.stop()
         ray.util.remove_placement_group(self._group)
@@ -337,9 +239,16 @@ class Controller:
             "name": self._a.run.name,
             "state": str(self._state),
             "address": self._connection.address,
-            "target": self._target if self._state is RunState.SERVING else None,
+            "target": self._target,
             "workers": [{"rank": i.rank, "pid": i.pid, "node": i.node} for i in infos],
         }
+
+    @property
+    def _target(self) -> str | None:
+        """Where the run serves at present."""
+        if self._serving is None or self._state is not RunState.SERVING:
+            return None
+        return self._serving.target
 
     def _write_state(self) -> None:
         token = None if self._state.is_final else self._connection.auth_token

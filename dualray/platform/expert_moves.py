@@ -55,6 +55,11 @@ class ExpertMoves:
         """What a checkpoint says, so that a resumed run goes on alike."""
         return to_plain(self.placement)
 
+    def found_at(self, placement: ExpertPlacement) -> None:
+        """Experts live there now: they have moved while the run served."""
+        if placement != self.placement:
+            self.placement, self._rebalancing = placement, None
+
     def after(
         self, results: Sequence[StepResult], step: int, layout: Layout, schedule: Schedule
     ) -> None:

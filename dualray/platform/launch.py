@@ -23,13 +23,14 @@ from dualray.model.count import count_parameters
 from dualray.parallel.phases import Phase, phase_behind
 from dualray.platform.assignment import Assignment
 from dualray.platform.console import Console, RunSummary
-from dualray.platform.controller import ON_HEAD_NODE, Controller
+from dualray.platform.controller import Controller
 from dualray.platform.folder import RunFolder
 from dualray.platform.following import Following, interrupts, named_actor
 from dualray.platform.live import LOST, look
 from dualray.platform.readable import count
 from dualray.platform.run_file import RunFile, parse_run_file
 from dualray.platform.scheduler import SchedulerConfig
+from dualray.platform.serving import ON_HEAD_NODE
 from dualray.platform.states import RunState
 
 _ANSWER_WITHIN_S = 30.0

@@ -10,9 +10,10 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from dualray.actors.cluster import NAMESPACE, attach
+from dualray.actors.cluster import NAMESPACE, answers, attach
 from dualray.errors import RunError
 from dualray.platform.folder import RunFolder
+from dualray.platform.modes import Mode, ModeAnswer, Refusal
 from dualray.platform.states import RunState
 
 LOST = "lost"
@@ -20,6 +21,7 @@ LOST = "lost"
 
 _POLL_S = 0.2
 _ANSWER_WITHIN_S = 30.0
+_LOOK_EVERY_S = 2.0
 
 
 def look(folder: RunFolder) -> dict[str, Any]:
@@ -52,6 +54,40 @@ def end(folder: RunFolder, timeout_s: float) -> str:
     raise RunError(
         f"run {name} is still {state['state']} after {timeout_s:g} s", hint="wait and look again"
     )
+
+
+def switch(folder: RunFolder, mode: Mode, timeout_s: float) -> ModeAnswer:
+    """Let the run train, serve or pause, and wait until it does.
+
+    Raises RunError with the run's own reason if it does not, or if nobody answers.
+    """
+    state = folder.read_state()
+    name = state["name"]
+    if RunState(state["state"]).is_final:
+        raise RunError(
+            f"run {name} has ended ({state['state']}) and cannot be switched",
+            hint=f"start it again, or serve it with dualray serve {folder.path}",
+        )
+    with _controller(folder) as controller:
+        asked, deadline = controller.switch.remote(str(mode)), time.monotonic() + timeout_s
+        while not ray.wait([asked], timeout=_LOOK_EVERY_S)[0]:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"run {name} has not switched to {mode} within {timeout_s:g} s, but will do so",
+                    hint="look with dualray status, or wait longer with --timeout",
+                )
+            if not answers(state["address"]):
+                break  # before Ray ends this process for it
+        try:
+            answer = ray.get(asked, timeout=_LOOK_EVERY_S)
+        except (RayActorError, GetTimeoutError):
+            raise RunError(
+                f"run {name} has ended meanwhile, or its Ray has",
+                hint="see what its command says and continue it with dualray train --resume",
+            ) from None
+    if isinstance(answer, Refusal):
+        raise RunError(answer.sentence, hint=answer.hint)
+    return answer
 
 
 @contextmanager

@@ -154,22 +154,84 @@ class CheckpointSaved:
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """The workers turned from training to serving."""
+    """The workers turned to serving."""
 
     event: ClassVar[str] = "switch"
 
     seconds_to_first_token: float
-    """Seconds from the end of the last optimizer step to the first served token."""
+    """Seconds from the end of the last optimizer step to the first served token; behind a pause,
+    from the end of the pause."""
     workers_before: Sequence[int]
-    """Process ids of the workers in training, by rank."""
+    """Process ids of the workers before, by rank."""
     workers_after: Sequence[int]
     """Process ids of the workers in serving, by rank."""
+    step: int | None = None
+    """Optimizer steps done by then; None in files from before runs could switch back."""
+    switch_s: float | None = None
+    """Seconds of them that the switch itself took, without the evaluation and the checkpoint that
+    may follow the last step."""
+    came_from: str = "train"
+    """The mode before: train or pause; start if no step of this process preceded."""
+    optimizer: str | None = None
+    """What became of optimizer state: keep, park or drop."""
+    kept_bytes: Sequence[int] = ()
+    """Masters and moments that stay where training uses them, by rank."""
+    parked_bytes: Sequence[int] = ()
+    """Masters and moments in host memory, by rank."""
+    dropped_bytes: Sequence[int] = ()
+    """Masters and moments that were forgotten, by rank."""
+    gradient_bytes: Sequence[int] = ()
+    """Gradient buffers that were given back with what was parked or dropped, by rank."""
+    cache_bytes: Sequence[int] = ()
+    """Latent cache, by rank."""
 
 
-Line = StepMetrics | Yardsticks | PhaseEntered | Decided | ExpertsMoved | CheckpointSaved | Switch
+@dataclass(frozen=True, kw_only=True)
+class BackToTraining:
+    """The workers went on training."""
+
+    event: ClassVar[str] = "back_to_training"
+
+    step: int
+    """The first optimizer step since, counted from 1."""
+    seconds_to_first_step: float
+    """Seconds from when the workers were free to the end of that step."""
+    came_from: str
+    """The mode before: serve or pause."""
+    optimizer: str
+    """Where optimizer state came from: keep, park or drop."""
+    drain_s: float = 0.0
+    """Seconds in which accepted requests ended."""
+    num_cut: int = 0
+    """Accepted requests that did not end in time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused:
+    """The workers neither train nor serve from now on."""
+
+    event: ClassVar[str] = "paused"
+
+    step: int
+    """Optimizer steps done by then."""
+    came_from: str
+    """The mode before: train or serve."""
+    drain_s: float = 0.0
+    """Seconds in which accepted requests ended."""
+    num_cut: int = 0
+    """Accepted requests that did not end in time."""
+
+
+ModeChange = Switch | BackToTraining | Paused
+Line = (
+    StepMetrics | Yardsticks | PhaseEntered | Decided | ExpertsMoved | CheckpointSaved | ModeChange
+)
 EVENTS = {
     cls.event: cls
-    for cls in (Yardsticks, PhaseEntered, Decided, ExpertsMoved, CheckpointSaved, Switch)
+    for cls in (
+        *(Yardsticks, PhaseEntered, Decided, ExpertsMoved, CheckpointSaved),
+        *(Switch, BackToTraining, Paused),
+    )
 }
 
 
@@ -183,4 +245,11 @@ class RunMetrics:
     migrations: tuple[ExpertsMoved, ...] = ()
     checkpoints: tuple[CheckpointSaved, ...] = ()
     yardsticks: Yardsticks | None = None
-    switch: Switch | None = None
+    mode_changes: tuple[ModeChange, ...] = ()
+    """In their order."""
+
+    @property
+    def switch(self) -> Switch | None:
+        """The last time that training turned to serving."""
+        found = [c for c in self.mode_changes if isinstance(c, Switch) and c.came_from == "train"]
+        return found[-1] if found else None

@@ -26,10 +26,10 @@ from dualray.platform.metrics import (
     Decided,
     ExpertsMoved,
     Line,
+    ModeChange,
     PhaseEntered,
     RunMetrics,
     StepMetrics,
-    Switch,
     Yardsticks,
 )
 
@@ -108,7 +108,7 @@ def read_metrics(path: Path) -> RunMetrics:
     migrations: list[ExpertsMoved] = []
     checkpoints: list[CheckpointSaved] = []
     yardsticks: Yardsticks | None = None
-    switch: Switch | None = None
+    mode_changes: list[ModeChange] = []
     if not path.exists():
         return RunMetrics()
     for number, _, record in _records(path):
@@ -125,8 +125,8 @@ def read_metrics(path: Path) -> RunMetrics:
             migrations.append(line)
         elif isinstance(line, Yardsticks):
             yardsticks = line
-        elif isinstance(line, Switch):
-            switch = line
+        elif isinstance(line, ModeChange):
+            mode_changes.append(line)
     return RunMetrics(
         steps=tuple(steps),
         phases=tuple(phases),
@@ -134,7 +134,7 @@ def read_metrics(path: Path) -> RunMetrics:
         migrations=tuple(migrations),
         checkpoints=tuple(checkpoints),
         yardsticks=yardsticks,
-        switch=switch,
+        mode_changes=tuple(mode_changes),
     )
 
 

@@ -10,6 +10,8 @@ class RunState(StrEnum):
     TRAINING = "training"
     SWITCHING = "switching"
     SERVING = "serving"
+    PAUSED = "paused"
+    """The workers neither train nor serve."""
     STOPPING = "stopping"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -22,8 +24,9 @@ class RunState(StrEnum):
 _NEXT = {
     RunState.STARTING: {RunState.TRAINING, RunState.SWITCHING},
     RunState.TRAINING: {RunState.SWITCHING},
-    RunState.SWITCHING: {RunState.SERVING, RunState.TRAINING},
+    RunState.SWITCHING: {RunState.SERVING, RunState.TRAINING, RunState.PAUSED},
     RunState.SERVING: {RunState.SWITCHING},
+    RunState.PAUSED: {RunState.SWITCHING},
     RunState.STOPPING: {RunState.STOPPED},
     RunState.STOPPED: set(),
     RunState.FAILED: set(),

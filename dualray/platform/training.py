@@ -19,7 +19,7 @@ from dualray.data.dataset import TokenDataset
 from dualray.data.yardsticks import bits_per_byte
 from dualray.parallel.balance import max_violation
 from dualray.parallel.nodes import NodeMap
-from dualray.parallel.phases import phase_at, phase_behind
+from dualray.parallel.phases import Phase, phase_at, phase_behind
 from dualray.parallel.slots import ExpertPlacement
 from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.platform.arrangement import Arrangement
@@ -72,15 +72,37 @@ class Training:
         self.last_step_ended = time.time()
         """Seconds of the epoch when the last optimizer step had ended."""
 
+    @property
+    def phase(self) -> Phase:
+        """The one that the workers are in."""
+        return self._phase
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run's last step has been made."""
+        return self.steps_done >= self._phases[-1].end_step
+
     def run(self, should_stop: Callable[[], bool]) -> None:
-        """Train, evaluate and write checkpoints. The state after the last step, of a phase or of
-        all, is always committed."""
+        """Train, evaluate and write checkpoints until all is done or `should_stop` says so between
+        two steps; a later call goes on there. The last step of a phase is always committed."""
         with self._loads:
             self._run_steps(should_stop)
 
+    def commit(self) -> Path | None:
+        """Commit the present state if it is not; None before the first step."""
+        if not self.is_committed:
+            self.save()
+        return self.last_checkpoint
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether the state after the last step is in a checkpoint of this run."""
+        last = self.last_checkpoint
+        return last is not None and last.name == f"step-{self.steps_done}"
+
     def _run_steps(self, should_stop: Callable[[], bool]) -> None:
         train = self._run.train
-        while self.steps_done < self._phases[-1].end_step and not should_stop():
+        while not self.is_done and not should_stop():
             step = self.steps_done + 1
             self._enter_phase_of(step)
             is_last = step == self._phase.end_step
@@ -112,8 +134,6 @@ class Training:
                 self._decide(results)
             if is_last or _due(step, train.checkpoint_every):
                 self.save()
-        if self.last_checkpoint is None or self.last_checkpoint.name != f"step-{self.steps_done}":
-            self.save()
 
     def _enter_phase_of(self, step: int) -> None:
         """Tell the workers if step number `step`, counted from 1, begins another phase."""

@@ -49,6 +49,10 @@ SURFACE: dict[str, list[str]] = {
         "--top-p",
     ],
     "k8s render": ["RUN.yaml", "--kind", "--set"],
+    "mode": [
+        # How long to wait is the caller's business, as with stop.
+        "RUN", "MODE", "--json", "--timeout",
+    ],
     "logs": ["JOB", "--address", "--follow", "--no-follow"],
     "plan": ["MODEL_OR_RUN", "--cluster", "--json", "--plot"],
     "report": ["RUN_DIR", "--out"],
@@ -168,6 +172,8 @@ RUN_FILE = "name: t\nmodel: tiny\ndata: {path: d}\ntrain: {steps: 3, seq_len: 16
             "cluster.address is http://head:8265 and must be HOST:PORT or auto; use "
             "`dualray submit` for a dashboard address, or give HOST:6379 of the head.",
         ),
+        ("mode t serv", "MODE is serv and must be train, serve or pause; did you mean serve?"),
+        ("mode t serve", "run t has no run.json in runs/t; no run was started here yet."),
         ("stop t", "run t has no run.json in runs/t; no run was started here yet."),
         (
             "generate a --target localhost",

@@ -23,7 +23,9 @@ from dualray.errors import ResourceError, RunError
 from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.step_result import HeldOut, StepResult
+from dualray.parallel.state_place import StateBytes
 from dualray.platform import controller as module
+from dualray.platform import life, serving
 from dualray.platform.assignment import Assignment
 from dualray.platform.controller import Controller
 from dualray.platform.events import Event, StateChange
@@ -63,6 +65,8 @@ class FakeGang:
                 write_rank(Path(args[0]), 0, [Piece.whole("model.norm.weight", torch.ones(3))])
             ],
             "digest": lambda: [10, 2**128 + 6],
+            "put_state_away": lambda: [StateBytes(kept=9), StateBytes(kept=8)],
+            "cache_bytes": lambda: [5, 4],
         }
         return answers.get(method, lambda: [None, None])()
 
@@ -89,6 +93,11 @@ class FakeRay:
         self.util = SimpleNamespace(remove_placement_group=lambda group: self.removed.append(group))
         self.removed: list[Any] = []
         self.killed = 0
+        self.drained: list[str] = []
+
+    def drain(self, then: str, within_s: float) -> int:
+        self.drained.append(then)
+        return 0
 
     def remote(self, actor: type) -> Any:
         def start() -> str:
@@ -97,7 +106,8 @@ class FakeRay:
             return "127.0.0.1:5"
 
         methods = {"start": start, "serve": lambda *_: None, "stop": lambda: None}
-        methods |= {"migrations": lambda: []}
+        methods |= {"migrations": lambda: [], "placement": lambda: None}
+        methods |= {"drain": self.drain}
         methods |= {"own_access": lambda: OwnAccess(target="127.0.0.1:5", token=None)}
         handle = SimpleNamespace(
             **{name: SimpleNamespace(remote=method) for name, method in methods.items()}
@@ -129,8 +139,9 @@ def gang(monkeypatch) -> FakeGang:
 def ray(monkeypatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setattr(module, "ray", fake)
-    monkeypatch.setattr(module, "first_token_at", lambda target, run_name, token: 1e12)
-    monkeypatch.setattr(module, "_LOOK_AFTER_WORKERS_S", 0.0)
+    monkeypatch.setattr(serving, "ray", fake)
+    monkeypatch.setattr(serving, "first_token_at", lambda target, run_name, token: 1e12)
+    monkeypatch.setattr(life, "LOOK_AFTER_WORKERS_S", 0.0)
     return fake
 
 

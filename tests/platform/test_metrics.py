@@ -11,11 +11,25 @@ from dataclasses import replace
 import pytest
 
 from dualray.errors import RunError
-from dualray.platform.metrics import CheckpointSaved, RunMetrics, StepMetrics, Switch, Yardsticks
+from dualray.platform.metrics import (
+    BackToTraining,
+    CheckpointSaved,
+    Paused,
+    RunMetrics,
+    StepMetrics,
+    Switch,
+    Yardsticks,
+)
 from dualray.platform.metrics_log import MetricsLog, read_metrics
 
 YARDSTICKS = Yardsticks(gzip=3.1, bzip2=2.4, unigram=2.9, bigram=2.3)
 SWITCH = Switch(seconds_to_first_token=0.5, workers_before=(11, 12), workers_after=(11, 12))
+AGAIN = replace(
+    SWITCH, step=3, switch_s=0.25, optimizer="park", parked_bytes=(70, 80), gradient_bytes=(9, 9),
+    cache_bytes=(5, 6), came_from="pause",
+)  # fmt: skip
+PAUSED = Paused(step=3, came_from="serve", drain_s=0.5, num_cut=1)
+BACK = BackToTraining(step=4, seconds_to_first_step=0.75, came_from="serve", optimizer="park")
 
 
 def step(number: int, **changes) -> StepMetrics:
@@ -52,12 +66,20 @@ def test_every_kind_of_line_is_read_back(tmp_path):
     dense = replace(dense, max_vio_run_per_layer={})
     saved = CheckpointSaved(step=2, seconds=1.5)
     path = write(tmp_path / "metrics.jsonl", YARDSTICKS, step(1), evaluated, saved, dense, SWITCH)
+    with MetricsLog.resume(path, 3) as log:
+        for line in (PAUSED, AGAIN, BACK):
+            log.append(line)
     assert read_metrics(path) == RunMetrics(
         steps=(step(1), evaluated, dense),
         checkpoints=(saved,),
         yardsticks=YARDSTICKS,
-        switch=SWITCH,
+        mode_changes=(SWITCH, PAUSED, AGAIN, BACK),
     )
+    # Behind a pause no optimizer step is what the seconds count from.
+    assert read_metrics(path).switch == SWITCH
+    # What happened in a later step has not happened to a run that is resumed before it.
+    MetricsLog.resume(path, 3).close()
+    assert read_metrics(path).mode_changes == (SWITCH, PAUSED, AGAIN)
 
 
 def test_lines_are_objects_with_the_documented_keys(tmp_path):
@@ -85,6 +107,7 @@ def test_lines_are_objects_with_the_documented_keys(tmp_path):
         "seconds_to_first_token": 0.5,
         "workers_before": [11, 12],
         "workers_after": [11, 12],
+        "came_from": "train",
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
@@ -13,6 +12,7 @@ from dualray.platform.readable import number
 from dualray.platform.report import curves, experts, html, timeline
 from dualray.platform.report.header import facts, tiles
 from dualray.platform.report.migrations import evenness
+from dualray.platform.report.modes import modes_section
 from dualray.platform.report.record import RunRecord, read_run
 
 
@@ -59,8 +59,7 @@ def _sections(run: RunRecord) -> Iterator[str]:
         yield _pipeline(run)
     if steps:
         yield _speed(run)
-    if metrics.switch is not None:
-        yield _switch(run)
+    yield modes_section(metrics)
     if run.run_yaml:
         yield html.section("Configuration", f"<pre>{escape(run.run_yaml.rstrip())}</pre>")
 
@@ -177,27 +176,3 @@ def _checkpoints(run: RunRecord) -> str:
     more = f"<p>The last 8 of {len(saved)} checkpoints:</p>" if len(saved) > 8 else ""
     head = "<tr><th>checkpoint at step</th><th>seconds to write</th><th>still kept</th></tr>"
     return f"{more}<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
-
-
-def _switch(run: RunRecord) -> str:
-    switch = run.metrics.switch
-    assert switch is not None
-    same = list(switch.workers_before) == list(switch.workers_after)
-    verdict = (
-        "The processes that trained are the processes that serve."
-        if same
-        else "The workers were replaced between training and serving."
-    )
-    rows = "".join(
-        f"<tr><td>{rank}</td><td>{before}</td><td>{after}</td></tr>"
-        for rank, (before, after) in enumerate(
-            zip_longest(switch.workers_before, switch.workers_after, fillvalue="none")
-        )
-    )
-    seconds = number(switch.seconds_to_first_token, 2)
-    return html.section(
-        "From trainer to server",
-        f"<p>The first token was served {seconds} s after the last optimizer step. {verdict}</p>"
-        "<table><thead><tr><th>worker</th><th>process id in training</th>"
-        f"<th>process id in serving</th></tr></thead><tbody>{rows}</tbody></table>",
-    )

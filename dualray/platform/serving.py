@@ -1,0 +1,180 @@
+"""The serving half of a run's life: its engine, and the workers' way into serving and out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from dualray.actors.cluster import NAMESPACE
+from dualray.actors.engine_actor import EngineActor
+from dualray.actors.engine_state import EngineState
+from dualray.actors.gang import Gang
+from dualray.data.tokenizer import load_tokenizer
+from dualray.inference.plan import Owner
+from dualray.inference.scheduler import Limits, owners
+from dualray.model.config import ModelConfig
+from dualray.parallel.layout import Layout
+from dualray.parallel.rebalancing import Rebalancing
+from dualray.parallel.slots import ExpertPlacement
+from dualray.platform.client import first_token_at
+from dualray.platform.events import EventLog, Note
+from dualray.platform.run_file import RunFile
+from dualray.platform.scheduling.choice import Choice
+from dualray.schedule.make import make_schedule
+
+ON_HEAD_NODE = {"node:__internal_head__": 0.001}
+"""Pins controller and engine to the head node, which a Kubernetes Service can select."""
+
+_MORE_THAN_A_DRAIN_S = 60.0
+"""For the engine's own word after a drain; a step that hangs must not keep a run from ending."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """How a gang came to serve. Times in seconds of the epoch."""
+
+    started: float
+    first_token: float
+    pids: tuple[int, ...]
+    cache_bytes: tuple[int, ...]
+    """Latent cache, by worker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """How a gang stopped serving."""
+
+    ended: float
+    """When the workers were free, in seconds of the epoch."""
+    drain_s: float
+    num_cut: int
+    """Accepted requests that did not end in time."""
+
+
+class Serving:
+    """The engine of a run and its gang's part in serving."""
+
+    def __init__(self, run: RunFile, gang: Gang, events: EventLog) -> None:
+        self._run, self._gang, self._events = run, gang, events
+        self._engine: Any = None
+        self._told = 0
+        self.target: str | None = None
+        """HOST:PORT on which the engine listens."""
+
+    def listen(self, tokenizer: Path, owners: Sequence[Owner]) -> None:
+        """Start the engine, which refuses requests for now; nothing happens if it is there.
+
+        Raises what the engine raises if it cannot: a port that is taken, a file that is missing.
+        """
+        if self._engine is not None:
+            return
+        run = self._run
+        actor: Any = ray.remote(EngineActor)
+        engine = actor.options(
+            name=f"{run.name}.engine",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=0,
+            resources=ON_HEAD_NODE,
+        ).remote(
+            model_name=run.name,
+            tokenizer=load_tokenizer(tokenizer),
+            owners=owners,
+            limits=self._limits(run.phases()[-1].model),
+            config=run.serve,
+            workers=self._gang.workers,
+        )
+        try:
+            listening: str = ray.get(engine.start.remote())
+        except Exception:
+            ray.kill(engine)
+            raise
+        self._engine = engine
+        # Whoever listens on every address is reached at this node's own.
+        host, _, port = listening.rpartition(":")
+        if host in ("0.0.0.0", "[::]"):
+            host = ray.util.get_node_ip_address()
+        self.target = f"{host}:{port}"
+
+    def begin(
+        self,
+        step: int,
+        owners: Sequence[Owner],
+        rebalancing: Rebalancing | None,
+        model: ModelConfig,
+    ) -> Begun:
+        """Let the workers serve what they hold, which is that of `step`, and ask for a token.
+
+        `model` is that of the phase that they are in, which says how long a context may be.
+        """
+        started, limits = time.time(), self._limits(model)
+        self._gang.call("start_serving", limits, self._run.serve.compile_batch)
+        digest = f"{sum(self._gang.call('digest')) % 2**128:032x}"
+        ray.get(self._engine.serve.remote(step, digest, owners, rebalancing, limits))
+        self._told = 0
+        own = ray.get(self._engine.own_access.remote())
+        first_token = first_token_at(own.target, self._run.name, own.token)
+        return Begun(
+            started=started,
+            first_token=first_token,
+            pids=tuple(self._gang.pids()),
+            cache_bytes=tuple(self._gang.call("cache_bytes")),
+        )
+
+    def _limits(self, model: ModelConfig) -> Limits:
+        return self._run.serve.limits(model.max_position_embeddings)
+
+    def look(self) -> None:
+        """See that workers live, and tell when experts have moved."""
+        self._gang.call("info")
+        migrations = ray.get(self._engine.migrations.remote())
+        for sentence in migrations[self._told :]:
+            self._events.append(Note(f"experts while serving: {sentence}"))
+        self._told = len(migrations)
+
+    def stand(self, state: EngineState) -> None:
+        """Let the engine say what the workers do while they do not serve."""
+        if self._engine is not None:
+            ray.get(self._engine.drain.remote(str(state), self._run.serve.drain_s))
+
+    def leave(self, then: EngineState) -> Left:
+        """Let accepted requests end, refuse new ones, and give the latent cache back."""
+        started = time.time()
+        limit_s = self._run.serve.drain_s
+        num_cut = ray.get(
+            self._engine.drain.remote(str(then), limit_s), timeout=limit_s + _MORE_THAN_A_DRAIN_S
+        )
+        ended = time.time()
+        self._gang.call("stop_serving")
+        if num_cut:
+            requests = "request was" if num_cut == 1 else "requests were"
+            self._events.append(
+                Note(f"{num_cut} {requests} ended after {limit_s:g} s of draining", warning=True)
+            )
+        return Left(ended=ended, drain_s=ended - started, num_cut=num_cut)
+
+    def placement(self) -> ExpertPlacement | None:
+        """Where experts have moved to while serving; None if nothing could move them."""
+        return ray.get(self._engine.placement.remote())
+
+    def stop(self) -> None:
+        """End the engine and whatever waits for it."""
+        if self._engine is None:
+            return
+        try:
+            ray.get(self._engine.stop.remote(), timeout=10)
+        except Exception as error:  # it must not keep the workers from ending
+            self._events.append(Note(f"the engine did not stop cleanly: {error}", warning=True))
+        ray.kill(self._engine)
+        self._engine = None
+
+
+def owners_of(layout: Layout, choice: Choice) -> tuple[Owner, ...]:
+    """Who holds requests: as many directions as micro-batches enter in."""
+    schedule = make_schedule(layout.schedule, layout.pipeline, choice.micro_batches)
+    return owners(layout.replicas, layout.experts, len(schedule.entries))
