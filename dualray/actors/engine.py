@@ -16,13 +16,18 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from dualray.actors.bad_words import bad_word_ids
 from dualray.actors.completion import Completion, Weights
 from dualray.actors.engine_pausing import Pausing
 from dualray.actors.engine_state import ENDED, EngineState, States, StepGate
+from dualray.actors.grammar_compiler import GrammarCompiler
 from dualray.actors.metrics import EngineMetrics, EngineStats
 from dualray.actors.prompt_ids import prompt_ids_of
+from dualray.actors.replicas import ReplicasLostError
 from dualray.data.tokenizer import Tokenizer
 from dualray.inference.detokenizer import IncrementalText
+from dualray.inference.grammar_matcher import GrammarMatcher
+from dualray.inference.grammars import grammar_failure
 from dualray.inference.plan import Outcome, Owner, Sampled, StepPlan
 from dualray.inference.request import (
     DeadlineError,
@@ -68,6 +73,7 @@ class Engine:
         self._owners = tuple(owners)
         self._cache_counts = CacheCounts()
         self.scheduler = self._new_scheduler()
+        self.grammars = GrammarCompiler(tokenizer)
         self._max_request_s = max_request_s
         self._run_step, self._before_step = run_step, before_step
         self._completions: dict[str, Completion] = {}
@@ -145,6 +151,7 @@ class Engine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         self._fail_all(NotServingError("the server is stopping", hint="ask another server"))
+        self.grammars.close()
         await self._states.enter(EngineState.STOPPED)
 
     async def wait_for_change(self, known: EngineState) -> EngineState:
@@ -158,10 +165,12 @@ class Engine:
         timeout_s: float | None = None,
         *,
         every_token: bool = False,
+        grammar: GrammarMatcher | None = None,
     ) -> Completion:
         """Queues a request, of text or token ids; it joins the next step.
 
-        `every_token` makes tokens come as they are made, before their text may be shown.
+        `every_token` makes tokens come as they are made, before their text may be shown. `grammar`
+        is what `grammars` has compiled of structured_outputs.
 
         Raises:
             RequestError: prompt or parameters break a rule.
@@ -169,7 +178,7 @@ class Engine:
         """
         self._states.need_serving(self.model_name)
         check_token_ids(params, self.tokenizer.vocab_size)
-        prompt_ids = prompt_ids_of(prompt, self.tokenizer, self.limits.max_context)
+        prompt_ids = prompt_ids_of(prompt, self.tokenizer, self.limits.max_context, params)
         loop = asyncio.get_running_loop()
         time_left = min(self._max_request_s, math.inf if timeout_s is None else timeout_s)
         deadline = loop.time() + time_left
@@ -179,6 +188,8 @@ class Engine:
             params=params,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             deadline=deadline,
+            grammar=grammar,
+            bad_words=bad_word_ids(params.bad_words, self.tokenizer),
         )
         text = IncrementalText(
             self.tokenizer, stop=params.stop, include_stop=params.include_stop_str_in_output
@@ -221,6 +232,9 @@ class Engine:
                     if self._before_step is not None:
                         await self._before_step()
                     results = list(await self._run_step(plan))
+            except ReplicasLostError as lost:
+                results = lost.outcomes
+                self._lose(lost)
             except Exception as error:  # whatever loses a worker ends serving, not the server
                 await self._states.enter(EngineState.FAILED)
                 self._fail_all(
@@ -232,6 +246,16 @@ class Engine:
                 return
             self.stats.num_steps += 1
             self._hand_out(results)
+
+    def _lose(self, lost: ReplicasLostError) -> None:
+        """Ends what ran on replicas that are gone; what waits goes to the others."""
+        for replica, reason in lost.reasons.items():
+            for request_id in self.scheduler.lose(replica):
+                error = NotServingError(
+                    f"the request's workers are gone, {reason.sentence}",
+                    hint="send it again, the server has other workers",
+                )
+                self._drop(request_id, error)
 
     def _hand_out(self, results: list[Outcome]) -> None:
         now_ns = time.monotonic_ns()
@@ -253,6 +277,9 @@ class Engine:
                 completion.take_prompt(outcome)
         for progress in self.scheduler.apply(sampled):
             completion = self._completions[progress.request_id]
+            if progress.finish is FinishReason.ERROR:
+                self._drop(progress.request_id, grammar_failure(completion.request.grammar))
+                continue
             self.stats.generation_tokens += 1
             self.metrics.add_token(completion, now_ns)
             if self.stats.first_token_unix_s is None:

@@ -18,7 +18,7 @@ from dualray.actors.engine import Engine, EngineState
 from dualray.actors.grpc_security import OwnAccess
 from dualray.actors.grpc_server import InferenceServer
 from dualray.actors.metrics_server import MetricsServer
-from dualray.actors.plan_channel import PlanChannels
+from dualray.actors.replicas import Replicas, ReplicasLostError
 from dualray.data.tokenizer import Tokenizer
 from dualray.inference.plan import Outcome, Owner, StepPlan
 from dualray.inference.scheduler import Limits
@@ -44,7 +44,7 @@ class EngineActor:
         """`files` are those of `model_files`, for gateways that ask for the tokenizer."""
         self._config = config
         self._workers = tuple(workers)
-        self._channels = PlanChannels()
+        self._replicas = Replicas()
         self._files = files
         self._engine = Engine(
             model_name=model_name,
@@ -99,8 +99,7 @@ class EngineActor:
             self._balancer = ServingBalancer(rebalancing, self._workers)
         node = ray.util.get_node_ip_address()
         doors = await asyncio.gather(*(w.open_plans.remote(node) for w in self._workers))
-        self._channels.close()
-        await self._channels.open(doors)
+        await self._replicas.open(doors, len({owner.replica for owner in owners}))
         weights = Weights(training_step=training_step, digest=digest)
         await self._engine.serve(weights, owners, limits)
 
@@ -118,7 +117,7 @@ class EngineActor:
     async def stop(self, grace_s: float = 1.0) -> None:
         """Ends requests and closes the ports; the metrics' last, so that they show the end."""
         await self._engine.stop()
-        self._channels.close()
+        self._replicas.close()
         if self._server is not None:
             await self._server.stop(grace_s)
         if self._metrics is not None:
@@ -141,10 +140,17 @@ class EngineActor:
         """What moved experts while serving, a sentence for each time."""
         return [] if self._balancer is None else self._balancer.migrations
 
+    async def lost_replicas(self) -> dict[int, str]:
+        """Why a replica serves no more, of those that do not while others do."""
+        return dict(self._replicas.lost)
+
     async def _before_step(self) -> None:
         if self._balancer is not None:
             await self._balancer.before_step()
 
     async def _run_step(self, plan: StepPlan) -> list[Outcome]:
-        results = await self._channels.run(plan)
-        return [outcome for part in results for outcome in part]
+        try:
+            return await self._replicas.run(plan)
+        except ReplicasLostError:
+            self._balancer = None  # experts move on all replicas or on none
+            raise

@@ -119,22 +119,26 @@ class PlanDoor:
 
 
 class PlanChannels:
-    """The engine's side: one connection to each worker. Use from one event loop."""
+    """The engine's side: one connection to each of some workers with neighbouring ranks.
 
-    def __init__(self) -> None:
+    Use from one event loop.
+    """
+
+    def __init__(self, first_rank: int = 0) -> None:
+        self._first_rank = first_rank
         self._ends: list[_End] = []
         self._step = 0
         self._answers: dict[int, Any] = {}
         self._whole: asyncio.Future[list[Any]] | None = None
 
     async def open(self, doors: Sequence[Door]) -> None:
-        """Connects to every worker's door, by rank.
+        """Connects to the workers' doors, by rank.
 
         Raises:
             RunError: a worker cannot be reached.
         """
         loop = asyncio.get_running_loop()
-        for rank, door in enumerate(doors):
+        for rank, door in enumerate(doors, start=self._first_rank):
             end = _End(rank, self._arrived, self._lost)
             try:
                 await loop.create_connection(lambda end=end: end, door.host, door.port)
@@ -181,7 +185,7 @@ class PlanChannels:
             return
         self._answers[rank] = result
         if len(self._answers) == len(self._ends):
-            self._whole.set_result([self._answers[rank] for rank in range(len(self._ends))])
+            self._whole.set_result([self._answers[end.rank] for end in self._ends])
 
     def _lost(self, rank: int) -> None:
         if self._whole is not None:

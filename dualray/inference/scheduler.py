@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from dualray.inference.draft_length import DraftLengths
 from dualray.inference.limits import Limits
 from dualray.inference.owner_batch import OwnerBatch
 from dualray.inference.owner_choice import choose_owner
 from dualray.inference.plan import Owner, Sampled, SequencePlan, StepPlan
 from dualray.inference.request import FinishReason, QueueFullError, Request
 from dualray.inference.sequence import Sequence
+from dualray.inference.speculation import DraftCounts, Speculation
 
 _LEAD_PART = 4
 """An owner may run a quarter of max_batch sequences more than another for its cache's sake."""
@@ -50,6 +52,7 @@ class CacheCounts:
     """Tokens of prompts that were looked up."""
     prefix_hits: int = 0
     """Tokens of prompts that were found and not run."""
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
 
 class Scheduler:
@@ -71,6 +74,7 @@ class Scheduler:
         self.eos_id = eos_id
         self.counts = CacheCounts() if counts is None else counts
         self._batches = {owner: OwnerBatch(owner, limits, eos_id) for owner in owners}
+        self._lengths = DraftLengths(limits.draft_tokens) if limits.draft_tokens else None
         self._waiting: deque[Sequence] = deque()
         """In the order of arrival."""
         self._running: dict[str, Sequence] = {}
@@ -113,7 +117,10 @@ class Scheduler:
                 f"{self.limits.max_waiting}",
                 hint="try again later",
             )
-        self._waiting.append(Sequence.of(request, self._num_arrived, self.limits.max_context))
+        sequence = Sequence.of(request, self._num_arrived, self.limits.max_context)
+        if self._lengths is not None:
+            sequence.speculation = Speculation(lengths=self._lengths)
+        self._waiting.append(sequence)
         self._num_arrived += 1
 
     def remove(self, request_id: str, *, spoiled: bool = False) -> bool:
@@ -131,6 +138,18 @@ class Scheduler:
                 return True
         return False
 
+    def lose(self, replica: int) -> list[str]:
+        """Forgets a replica whose workers are gone; the ids of the requests that ran there."""
+        self._batches = {o: b for o, b in self._batches.items() if o.replica != replica}
+        lost = [
+            request_id
+            for request_id, sequence in self._running.items()
+            if sequence.owner is not None and sequence.owner.replica == replica
+        ]
+        for request_id in lost:
+            del self._running[request_id]
+        return lost
+
     def expire(self, now: float) -> list[str]:
         """Removes every request whose deadline has come and returns their ids."""
         known = [s.request for s in (*self._waiting, *self._running.values())]
@@ -143,6 +162,7 @@ class Scheduler:
         """The next step, or None when there is nothing to run."""
         self._preempt()
         self._admit()
+        self._begin_drafts()
         owners: dict[Owner, tuple[SequencePlan, ...]] = {}
         for owner, batch in self._batches.items():
             if planned := batch.plan():
@@ -155,10 +175,12 @@ class Scheduler:
     def apply(self, results: Iterable[Sampled]) -> list[Progress]:
         """Takes a step's tokens; ended requests free their blocks. Removed ones are skipped."""
         progress = []
+        told: dict[Sequence, int] = {}
         for sampled in results:
             sequence = self._running.get(sampled.request_id)
             if sequence is None:
                 continue
+            told[sequence] = told.get(sequence, 0) + 1
             if sequence.num_output == 0:
                 self.counts.prefix_hits += sequence.num_cached_tokens
             sequence.add(sampled.token_id)
@@ -175,7 +197,28 @@ class Scheduler:
                     num_preemptions=sequence.num_preemptions,
                 )
             )
+            if sequence.speculation is not None:
+                sequence.speculation.drafts = sampled.draft_ids
+        for sequence, num_tokens in told.items():
+            if sequence.speculation is not None:
+                sequence.speculation.judge(num_tokens - 1, self.counts.drafts)
         return progress
+
+    def took(self, plan: StepPlan, seconds: float) -> None:
+        """A step's time, from which it is learnt what drafts cost."""
+        sequences = [s for planned in plan.owners.values() for s in planned]
+        if self._lengths is not None and all(len(s.ids) == len(s.samples) for s in sequences):
+            lanes = {(owner.replica, owner.direction) for owner in plan.owners}
+            passes = sum(plan.draft_passes(*lane) for lane in lanes)
+            self._lengths.costs.observe(sum(len(s.ids) for s in sequences), passes, seconds)
+
+    def _begin_drafts(self) -> None:
+        if self._lengths is not None:
+            running = [s for s in self._running.values() if s.num_left <= 1]
+            own = [s.speculation.acceptance for s in running if s.speculation is not None]
+            owners = [s.owner for s in running if s.owner is not None]
+            lanes = {(owner.replica, owner.direction) for owner in owners}
+            self._lengths.begin_step(own, len(lanes))
 
     def check_pool(self) -> None:
         """Asserts that every block in use is a running sequence's, as often as it is in use."""
