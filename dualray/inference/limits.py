@@ -25,6 +25,10 @@ class Limits:
     """Requests that may wait for admission, over all owners."""
     prefix_cache: bool = True
     """Whether blocks of the same beginning are shared and kept for later requests."""
+    draft_tokens: int = 0
+    """Most tokens that the MTP modules draft behind a sequence in a step; 0 for none."""
+    draft_modules: int = 0
+    """MTP modules that take part in it; at most draft_tokens."""
 
     def __post_init__(self) -> None:
         # A request of full length must fit, and decoding must never be crowded out.

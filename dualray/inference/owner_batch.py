@@ -13,10 +13,13 @@ blocks again before each of its parts.
 
 from __future__ import annotations
 
+from bisect import insort
+from operator import attrgetter
+
 from dualray.inference.block_pool import BlockPool
 from dualray.inference.limits import Limits
 from dualray.inference.owner_choice import Candidate
-from dualray.inference.plan import Owner, SequencePlan
+from dualray.inference.plan import Drafting, Owner, SequencePlan
 from dualray.inference.prompt_spec import prompt_spec
 from dualray.inference.prompt_turns import prompt_turns
 from dualray.inference.sequence import Sequence
@@ -31,7 +34,7 @@ class OwnerBatch:
         self._limits = limits
         self._eos_id = eos_id
         self._sequences: list[Sequence] = []
-        """In the order of admission."""
+        """The oldest first, by arrival: one that comes back takes its old place."""
 
     def candidate(self, sequence: Sequence) -> Candidate | None:
         """What speaks for admitting a waiting sequence here; None if there is no room."""
@@ -54,7 +57,7 @@ class OwnerBatch:
     def admit(self, sequence: Sequence) -> None:
         """Starts a waiting sequence that has room here, from what the cache has of it."""
         sequence.owner = self.owner
-        self._sequences.append(sequence)
+        insort(self._sequences, sequence, key=attrgetter("arrival"))
         self._reuse(sequence, reserved=0)
 
     def remove(self, sequence: Sequence, *, spoiled: bool = False) -> None:
@@ -79,6 +82,7 @@ class OwnerBatch:
         """This step's tokens. Completions come first: no prompt holds up those that stream."""
         budget = self._limits.max_step_tokens
         lacking = sum(map(self._needs_block, self._sequences))
+        waiting = sum(sequence.num_left == 1 for sequence in self._sequences)
         prompts: list[Sequence] = []
         planned: list[SequencePlan] = []
         for sequence in self._sequences:
@@ -87,8 +91,10 @@ class OwnerBatch:
                 continue
             lacking -= self._needs_block(sequence)
             if sequence.num_left:  # else its token is still awaited
-                planned.append(self._run(sequence, 1))
-                budget -= 1
+                waiting -= 1
+                room = self._room(sequence, reserved=lacking)
+                planned.append(self._run(sequence, 1, room=room, budget=budget - waiting))
+                budget -= len(planned[-1].ids)
         for index, most in prompt_turns([s.num_left for s in prompts], budget):
             sequence = prompts[index]
             lacking -= self._needs_block(sequence)
@@ -96,7 +102,7 @@ class OwnerBatch:
             room = self._room(sequence, reserved=lacking)
             count = min(sequence.num_left, most, budget, room)
             if count:
-                planned.append(self._run(sequence, count))
+                planned.append(self._run(sequence, count, room=room, budget=count))
                 budget -= count
         return tuple(planned)
 
@@ -104,21 +110,49 @@ class OwnerBatch:
         """Asserts that the blocks in use are those of the running sequences."""
         self.pool.check(sequence.blocks for sequence in self._sequences)
 
-    def _run(self, sequence: Sequence, count: int) -> SequencePlan:
-        """The next `count` tokens, for which there is room."""
-        first = sequence.num_run
-        self._grow(sequence, first + count)
-        sequence.num_run += count
+    def _run(self, sequence: Sequence, count: int, *, room: int, budget: int) -> SequencePlan:
+        """The next `count` tokens, and drafts as far as `room` and `budget` go beyond them."""
+        first, stop = sequence.num_run, sequence.num_run + count
+        complete = stop == len(sequence.ids)
+        drafts, drafting = self._speculate(sequence, range(first, stop), room=room, budget=budget)
+        beyond = drafting.num_drafts - self._limits.draft_modules if drafting else 0
+        self._grow(sequence, stop + len(drafts) + max(0, beyond))
+        sequence.num_run = stop
         self._make_known(sequence)
-        complete = sequence.num_run == len(sequence.ids)
         return SequencePlan(
             request_id=sequence.request.request_id,
-            ids=tuple(sequence.ids[first : sequence.num_run]),
+            ids=(*sequence.ids[first:stop], *drafts),
             first_position=first,
             block_table=sequence.blocks,
-            samples=(sequence.sample_spec(self._eos_id),) if complete else (),
+            samples=sequence.sample_specs(self._eos_id, drafts) if complete else (),
             prompt=prompt_spec(sequence.request, first, count),
+            drafting=drafting,
         )
+
+    def _speculate(
+        self, sequence: Sequence, rows: range, *, room: int, budget: int
+    ) -> tuple[tuple[int, ...], Drafting | None]:
+        """Drafts to verify behind the rows, and what the MTP modules do then."""
+        speculation, limits = sequence.speculation, self._limits
+        if speculation is None:
+            return (), None
+        length, history = len(sequence.ids), sequence.history
+        # The last token of a completion is no draft's, as a token is chosen behind every draft.
+        drafts: tuple[int, ...] = ()
+        if rows.stop == length:
+            most = min(room, budget) - len(rows)
+            most = min(most, sequence.max_length - length - 1)
+            drafts = speculation.verify(min(most, history.num_possible(speculation.drafts)))
+        drafting = speculation.ask(
+            range(rows.start, rows.stop + len(drafts)),
+            length=length,
+            num_to_come=sequence.max_length - length,
+            most=room - len(rows) - len(drafts) + limits.draft_modules,
+            num_modules=limits.draft_modules,
+            next_ids=tuple(sequence.ids[rows.stop : rows.stop + limits.draft_modules]),
+            block_size=limits.block_size,
+        )
+        return drafts, drafting
 
     def _needs_block(self, sequence: Sequence) -> bool:
         """Whether its next token needs a block that it does not have."""
@@ -172,6 +206,8 @@ class OwnerBatch:
             index += 1
         if index == first:
             return
+        if sequence.speculation is not None:
+            sequence.speculation.interrupt()
         if not sequence.num_preemptions:
             sequence.num_cached_tokens += index * size - sequence.num_run
         sequence.blocks = tuple(blocks)
@@ -194,5 +230,7 @@ class OwnerBatch:
         else:
             self._make_known(sequence)
         self.pool.give_back(sequence.blocks)
+        if sequence.speculation is not None:
+            sequence.speculation.interrupt()
         sequence.owner, sequence.blocks = None, ()
         sequence.num_run = sequence.num_known = 0

@@ -11,7 +11,7 @@ a block is only rewritten by a later step than the one that may still be in flig
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -174,13 +174,13 @@ class Scheduler:
 
     def apply(self, results: Iterable[Sampled]) -> list[Progress]:
         """Takes a step's tokens; ended requests free their blocks. Removed ones are skipped."""
+        results = list(results)
+        self._judge_drafts(results)
         progress = []
-        told: dict[Sequence, int] = {}
         for sampled in results:
             sequence = self._running.get(sampled.request_id)
             if sequence is None:
                 continue
-            told[sequence] = told.get(sequence, 0) + 1
             if sequence.num_output == 0:
                 self.counts.prefix_hits += sequence.num_cached_tokens
             sequence.add(sampled.token_id)
@@ -199,9 +199,6 @@ class Scheduler:
             )
             if sequence.speculation is not None:
                 sequence.speculation.drafts = sampled.draft_ids
-        for sequence, num_tokens in told.items():
-            if sequence.speculation is not None:
-                sequence.speculation.judge(num_tokens - 1, self.counts.drafts)
         return progress
 
     def took(self, plan: StepPlan, seconds: float) -> None:
@@ -211,6 +208,12 @@ class Scheduler:
             lanes = {(owner.replica, owner.direction) for owner in plan.owners}
             passes = sum(plan.draft_passes(*lane) for lane in lanes)
             self._lengths.costs.observe(sum(len(s.ids) for s in sequences), passes, seconds)
+
+    def _judge_drafts(self, results: Iterable[Sampled]) -> None:
+        for request_id, num_tokens in Counter(s.request_id for s in results).items():
+            sequence = self._running.get(request_id)
+            if sequence is not None and sequence.speculation is not None:
+                sequence.speculation.judge(num_tokens - 1, self.counts.drafts)
 
     def _begin_drafts(self) -> None:
         if self._lengths is not None:

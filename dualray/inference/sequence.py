@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dualray.inference.block_pool import blocks_for
 from dualray.inference.plan import Owner, SampleSpec
 from dualray.inference.prefix_cache import Key, extend_keys
 from dualray.inference.request import FinishReason, Request
+from dualray.inference.speculation import Speculation
 from dualray.inference.token_history import TokenHistory
 
 
@@ -39,6 +41,8 @@ class Sequence:
     """How often it had to give its blocks back."""
     num_known: int = 0
     """Its first blocks that others may find."""
+    speculation: Speculation | None = None
+    """None if nothing is drafted for it."""
     _keys: list[Key] = field(default_factory=list)
 
     @classmethod
@@ -90,23 +94,35 @@ class Sequence:
         """Blocks that it may still take, at most."""
         return max(0, blocks_for(self.max_length, block_size) - len(self.blocks))
 
-    def sample_spec(self, eos_id: int | None) -> SampleSpec:
-        """How to choose the token behind the last one."""
+    def sample_specs(
+        self, eos_id: int | None, drafts: Iterable[int] = ()
+    ) -> tuple[SampleSpec, ...]:
+        """How to choose the token behind the last one, and behind each draft if all those up to
+        it come true."""
+        specs = [self._sample_spec(eos_id, self.history, 0)]
+        history = self.history
+        for place, draft in enumerate(drafts, start=1):
+            history = history.after(draft)
+            specs.append(self._sample_spec(eos_id, history, place))
+        return tuple(specs)
+
+    def _sample_spec(self, eos_id: int | None, history: TokenHistory, place: int) -> SampleSpec:
+        """Of the token `place` places behind the next one, whose `history` it has."""
         params = self.request.params
         banned: tuple[int, ...] = ()
-        if self.num_output < params.min_tokens:
+        if self.num_output + place < params.min_tokens:
             banned = params.stop_token_ids
             if eos_id is not None and not params.ignore_eos:
                 banned = (*banned, eos_id)
         return SampleSpec(
-            position=len(self.ids),
+            position=len(self.ids) + place,
             seed=self.request.seed,
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
             min_p=params.min_p,
             logprobs=params.logprobs,
-            adjust=self.history.adjustment(banned),
+            adjust=history.adjustment(banned),
         )
 
     def add(self, token: int) -> None:
