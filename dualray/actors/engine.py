@@ -12,20 +12,17 @@ import contextlib
 import itertools
 import logging
 import math
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from dualray.actors.bad_words import bad_word_ids
 from dualray.actors.completion import Completion, Weights
 from dualray.actors.engine_pausing import Pausing
 from dualray.actors.engine_state import ENDED, EngineState, States, StepGate
 from dualray.actors.grammar_compiler import GrammarCompiler
 from dualray.actors.metrics import EngineMetrics, EngineStats
-from dualray.actors.prompt_ids import prompt_ids_of
+from dualray.actors.new_request import new_request, text_of
 from dualray.actors.replicas import ReplicasLostError
 from dualray.data.tokenizer import Tokenizer
-from dualray.inference.detokenizer import IncrementalText
 from dualray.inference.grammar_matcher import GrammarMatcher
 from dualray.inference.grammars import grammar_failure
 from dualray.inference.plan import Outcome, Owner, Sampled, StepPlan
@@ -33,11 +30,9 @@ from dualray.inference.request import (
     DeadlineError,
     FinishReason,
     NotServingError,
-    Request,
     RequestError,
     SamplingParams,
     ServerFaultError,
-    check_token_ids,
 )
 from dualray.inference.scheduler import CacheCounts, Limits, Scheduler
 
@@ -177,28 +172,24 @@ class Engine:
             NotServingError, NoWeightsError, QueueFullError: not now.
         """
         self._states.need_serving(self.model_name)
-        check_token_ids(params, self.tokenizer.vocab_size)
-        prompt_ids = prompt_ids_of(prompt, self.tokenizer, self.limits.max_context, params)
         loop = asyncio.get_running_loop()
         time_left = min(self._max_request_s, math.inf if timeout_s is None else timeout_s)
         deadline = loop.time() + time_left
-        request = Request(
-            request_id=str(next(self._names)),
-            prompt_ids=prompt_ids,
-            params=params,
-            seed=secrets.randbits(64) if params.seed is None else params.seed,
+        request = new_request(
+            str(next(self._names)),
+            prompt,
+            params,
+            tokenizer=self.tokenizer,
+            max_context=self.limits.max_context,
             deadline=deadline,
             grammar=grammar,
-            bad_words=bad_word_ids(params.bad_words, self.tokenizer),
-        )
-        text = IncrementalText(
-            self.tokenizer, stop=params.stop, include_stop=params.include_stop_str_in_output
         )
         self.scheduler.add(request)
+        text = text_of(request, self.tokenizer)
         completion = Completion(request, text, self.weights, self._cancel, every_token=every_token)
         completion.timer = loop.call_at(deadline, self._expire, deadline)
         self._completions[request.request_id] = completion
-        self.stats.prompt_tokens += len(prompt_ids)
+        self.stats.prompt_tokens += len(request.prompt_ids)
         self.metrics.show_load(self.scheduler)
         self._idle.clear()
         self._wake.set()

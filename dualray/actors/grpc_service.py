@@ -73,7 +73,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             with self._watch.request(f"/{SERVICE}/ModelInfer", request.id, context) as watched:
                 self._check_model(request.model_name, request.model_version)
                 call = parse_call(request, one_answer=True)
-                completions = submit_all(self._engine, call.prompt, call.params, call.timeout_s)
+                completions = await self._submit(call)
                 watched.completions = completions
                 async with aclosing(self._answers(call, completions)) as answers:
                     return await anext(answers)
@@ -117,7 +117,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             with self._watch.request(method, request.id, context) as watched:
                 self._check_model(request.model_name, request.model_version)
                 call = parse_call(request, one_answer=False)
-                completions = submit_all(self._engine, call.prompt, call.params, call.timeout_s)
+                completions = await self._submit(call)
                 watched.completions = completions
                 async with aclosing(self._answers(call, completions)) as answers:
                     async for response in answers:
@@ -132,6 +132,10 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             response.infer_response.model_name = self._engine.model_name
             response.infer_response.parameters["triton_final_response"].bool_param = True
             await write(response)
+
+    async def _submit(self, call: InferCall) -> list[Completion]:
+        grammars = await self._engine.grammars.compile(call.params)
+        return submit_all(self._engine, call.prompt, call.params, call.timeout_s, grammars=grammars)
 
     async def _answers(
         self, call: InferCall, completions: list[Completion]

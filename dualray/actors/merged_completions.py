@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dualray.actors.completion import Completion, Delta
 from dualray.actors.engine import Engine
 from dualray.errors import RequestError
+from dualray.inference.grammar_matcher import GrammarMatcher
 from dualray.inference.request import SamplingParams
 
 
@@ -18,15 +19,19 @@ def submit_all(
     timeout_s: float | None = None,
     *,
     every_token: bool = False,
+    grammars: Sequence[GrammarMatcher | None] | None = None,
 ) -> list[Completion]:
     """All n completions of a call, or none. Raises what `Engine.submit` raises.
 
+    `grammars` are what `Engine.grammars` has compiled of the parameters, one for each completion.
     A deadline of gRPC's is not asked for here: at its end both sides cancel, whoever is alive.
     """
     completions: list[Completion] = []
     try:
-        for one in params.each():
-            completion = engine.submit(prompt, one, timeout_s, every_token=every_token)
+        for one, grammar in zip(params.each(), grammars or [None] * params.n):
+            completion = engine.submit(
+                prompt, one, timeout_s, every_token=every_token, grammar=grammar
+            )
             completions.append(completion)
     except RequestError:
         cancel_all(completions)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from dualray.data.tokenizer import Tokenizer
 from dualray.errors import RequestError
-from dualray.inference.request import check_prompt
+from dualray.inference.request import SamplingParams, check_prompt
 
 
 def prompt_ids_of(
-    prompt: str | Sequence[int], tokenizer: Tokenizer, max_context: int
+    prompt: str | Sequence[int], tokenizer: Tokenizer, max_context: int, params: SamplingParams
 ) -> tuple[int, ...]:
-    """The ids that the model reads.
+    """The ids that the model reads: all of them or, with truncate_prompt_tokens, the last.
 
     Raises:
         RequestError: the prompt is empty, too long, or has an id outside the vocabulary.
@@ -29,5 +29,8 @@ def prompt_ids_of(
             hint="use the tokenizer of this model",
             field=name,
         )
+    keep = params.truncate_prompt_tokens
+    if keep is not None:
+        ids = ids[-(max(1, max_context - params.max_tokens) if keep == -1 else keep) :]
     check_prompt(ids, max_context, name)
     return ids

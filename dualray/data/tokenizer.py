@@ -43,10 +43,14 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int: ...
     @property
     def sha256(self) -> str: ...
+    @property
+    def content(self) -> bytes:
+        """tokenizer.json, byte for byte."""
+        ...
 
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
     def save(self, folder: Path | str) -> None: ...
 
 
@@ -56,6 +60,7 @@ class ByteTokenizer:
     kind = "bytes"
     vocab_size = 257
     eos_id = 256
+    content = _BYTES_JSON
     sha256 = hashlib.sha256(_BYTES_JSON).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -64,8 +69,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        end = b"" if skip_special_tokens else END_OF_DOCUMENT.encode()
+        return b"".join(bytes((i,)) if i < 256 else end for i in ids).decode(errors="replace")
 
     def save(self, folder: Path | str) -> None:
         (Path(folder) / "tokenizer.json").write_bytes(_BYTES_JSON)
@@ -87,7 +93,7 @@ class JsonTokenizer:
         self.eos_token = eos_token
         self.chat_template = chat_template
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self._content = content
+        self.content = content
         self._inner = tokenizers.Tokenizer.from_str(content.decode())
         # Without this, the text "<|endoftext|>" in a document would end it.
         self._inner.encode_special_tokens = True
@@ -105,12 +111,12 @@ class JsonTokenizer:
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._inner.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def save(self, folder: Path | str) -> None:
         """Writes tokenizer.json byte for byte, end token and chat template beside it."""
-        (Path(folder) / "tokenizer.json").write_bytes(self._content)
+        (Path(folder) / "tokenizer.json").write_bytes(self.content)
         config: dict[str, Any] = {"eos_token": self.eos_token}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template

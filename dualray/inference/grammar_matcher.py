@@ -11,8 +11,8 @@ class GrammarMatcher:
     """Advances with a completion's tokens; the end-of-sequence token is one of them."""
 
     def __init__(self, inner: LLMatcher, eos_id: int) -> None:
+        self.eos_id = eos_id
         self._inner = inner
-        self._eos_id = eos_id
 
     @property
     def is_complete(self) -> bool:
@@ -34,7 +34,7 @@ class GrammarMatcher:
 
     def accept(self, token: int) -> bool:
         """Advances by a token; False, without advancing, where the grammar refuses it."""
-        if self.is_complete and token == self._eos_id:
+        if self.is_complete and token == self.eos_id:
             return True
         return self._inner.try_consume_tokens([token]) == 1
 
@@ -44,4 +44,4 @@ class GrammarMatcher:
 
     def copy(self) -> GrammarMatcher:
         """One that goes its own way from here, for the same completion: the two share states."""
-        return GrammarMatcher(self._inner.deep_copy(), self._eos_id)
+        return GrammarMatcher(self._inner.deep_copy(), self.eos_id)

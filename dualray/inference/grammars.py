@@ -76,6 +76,16 @@ class Grammars:
             ) from None
 
 
+def grammar_failure(matcher: GrammarMatcher | None) -> RequestError:
+    """For the caller whose completion cannot go on."""
+    reason = None if matcher is None else matcher.error
+    return RequestError(
+        f"the completion cannot go on in its grammar: {reason}",
+        hint=f"make {_FIELD} simpler",
+        field=_FIELD,
+    )
+
+
 def _grammar(what: StructuredOutputs) -> str:
     """The constraint in llguidance's words."""
     if what.is_json:

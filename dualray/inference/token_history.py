@@ -90,7 +90,12 @@ class TokenHistory:
         a token to choose.
         """
         banned_ids += self._bad_ends()
-        allowed = self._allowed if self._grammar is None else self._grammar.allowed()
+        allowed = self._allowed
+        if self._grammar is not None:
+            allowed = self._grammar.allowed()
+            if self._params.ignore_eos:
+                # It would be text, and the grammar knows it as the end.
+                banned_ids += (self._grammar.eos_id,)
         if allowed:
             allowed, banned_ids = without(allowed, banned_ids), ()
         if not (banned_ids or allowed or self._bias or self._seen or self._output):

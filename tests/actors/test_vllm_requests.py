@@ -10,7 +10,8 @@ from dualray.actors import vllm_requests
 from dualray.actors.refusals import NotOfferedError, status_of
 from dualray.actors.vllm_requests import read_request
 from dualray.errors import RequestError
-from dualray.inference.request import NOT_OFFERED, SamplingParams
+from dualray.inference.request import SamplingParams
+from dualray.inference.sampling_parsers import NOT_OFFERED
 
 CONTEXT = 64
 
@@ -143,9 +144,8 @@ def test_every_field_of_the_protocol_is_read_or_refused():
             "sampling_parameters.logit_bias is {-1: 1.0} and must not contain a negative id",
         ),
         (
-            {"truncate_prompt_tokens": 3},
-            "sampling_parameters.truncate_prompt_tokens is 3 and this server does not offer "
-            "truncate_prompt_tokens",
+            {"truncate_prompt_tokens": -3},
+            "sampling_parameters.truncate_prompt_tokens is -3 and must be -1 or at least 1",
         ),
         (
             {"min_tokens": 65},
