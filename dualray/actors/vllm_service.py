@@ -81,8 +81,11 @@ class VllmService(pb_grpc.VllmEngineServicer):
         self, request: pb.GenerateRequest, watched: Watched, context: Context
     ) -> None:
         call = read_request(request, self._engine.limits.max_context)
+        grammars = await self._engine.grammars.compile(call.params)
         self._refuse_known(call.request_id)
-        completions = submit_all(self._engine, call.prompt, call.params, every_token=True)
+        completions = submit_all(
+            self._engine, call.prompt, call.params, every_token=True, grammars=grammars
+        )
         watched.completions = completions
         if call.request_id:
             self._active[call.request_id] = completions
