@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
@@ -68,6 +68,21 @@ class Gang:
     def rebuild(self, layout: Layout, phase: Phase) -> None:
         """Let the same processes hold the stages of another layout; see StageWorker."""
         self.call("rebuild", layout, phase, self._rendezvous())
+
+    def dead_ranks(self) -> list[int]:
+        """Ranks whose process is gone."""
+        dead = []
+        for rank, ref in enumerate([worker.info.remote() for worker in self.workers]):
+            try:
+                ray.get(ref)
+            except RayActorError:
+                dead.append(rank)
+        return dead
+
+    def without(self, ranks: Collection[int]) -> Gang:
+        """The others: calls to it are by their order, not by rank."""
+        left = [rank for rank in range(len(self.workers)) if rank not in ranks]
+        return Gang([self.workers[r] for r in left], [self.infos[r] for r in left])
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """The method's results by rank.

@@ -128,6 +128,8 @@ class Life:
             training.commit()
             if asked is None and self._run.serve.after_training:
                 asked = Mode.SERVE
+        if asked is not None:
+            self._enter(RunState.SWITCHING)
         return asked
 
     def _serve(self) -> Mode | None:
@@ -135,12 +137,14 @@ class Life:
         # Without a step nothing has ended that could be timed.
         trained = before is Mode.TRAIN and self.steps_done > self._a.first_step
         pids = [info.pid for info in self._gang.infos]
-        self._enter(RunState.SWITCHING)
+        if before is None:
+            self._enter(RunState.SWITCHING)
         started = time.time()
         if self._optimizer is not None:
             self._optimizer.put_away()
         begun = self._serving.begin(
             self.steps_done,
+            self._present()[0],
             self._owners(),
             self._rebalancing(),
             self._run.model if training is None else training.phase.model,
@@ -185,7 +189,6 @@ class Life:
     def _pause(self) -> Mode | None:
         before = self.mode
         if before is Mode.TRAIN:
-            self._enter(RunState.SWITCHING)
             self._serving.stand(EngineState.PAUSED)
         self._enters(Mode.PAUSE, RunState.PAUSED)
         left = self._left
@@ -245,6 +248,7 @@ class Life:
             trains=self._training is not None,
             steps_done=self.steps_done,
             end_step=self._run.phases()[-1].end_step,
+            lost_replicas=tuple(sorted(self._serving.lost)),
             lacks_checkpoint=asked is Mode.TRAIN and away is not None and not away.can_come_back(),
         )
 

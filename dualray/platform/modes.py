@@ -32,6 +32,8 @@ class Situation:
     steps_done: int
     end_step: int
     """Optimizer steps of the whole run."""
+    lost_replicas: tuple[int, ...] = ()
+    """Replicas whose workers have died while others serve."""
     lacks_checkpoint: bool = False
     """Optimizer state was dropped, and no committed checkpoint has that of the step."""
 
@@ -96,6 +98,12 @@ def must_switch(asked: Mode, now: Situation) -> bool:
     """False if the run is in that mode already. Raises RunError if it cannot be in it."""
     if asked is now.mode:
         return False
+    if now.lost_replicas:
+        lost = ", ".join(map(str, now.lost_replicas))
+        raise RunError(
+            f"run {now.name} has lost replica {lost} and can only go on serving",
+            hint="stop it and start it again, from its last checkpoint with --resume",
+        )
     if asked is Mode.TRAIN:
         _refuse_to_train(now)
     return True

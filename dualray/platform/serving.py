@@ -63,6 +63,9 @@ class Serving:
         self._run, self._gang, self._events = run, gang, events
         self._engine: Any = None
         self._told = 0
+        self._layout = run.layout
+        self.lost: dict[int, int] = {}
+        """Replicas that serve no more, and the rank that took them with it."""
         self.target: str | None = None
         """HOST:PORT on which the engine listens."""
 
@@ -104,15 +107,18 @@ class Serving:
     def begin(
         self,
         step: int,
+        layout: Layout,
         owners: Sequence[Owner],
         rebalancing: Rebalancing | None,
         model: ModelConfig,
     ) -> Begun:
         """Let the workers serve what they hold, which is that of `step`, and ask for a token.
 
-        `model` is that of the phase that they are in, which says how long a context may be.
+        They are arranged as `layout` says. `model` is that of the phase that they are in, which
+        says how long a context may be.
         """
         started, limits = time.time(), self._limits(model)
+        self._layout = layout
         self._gang.call("start_serving", limits, self._run.serve.compile_batch)
         digest = f"{sum(self._gang.call('digest')) % 2**128:032x}"
         ray.get(self._engine.serve.remote(step, digest, owners, rebalancing, limits))
@@ -130,12 +136,39 @@ class Serving:
         return self._run.serve.limits(model.max_position_embeddings)
 
     def look(self) -> None:
-        """See that workers live, and tell when experts have moved."""
-        self._gang.call("info")
+        """See that workers live, and tell when experts have moved.
+
+        Raises WorkerLostError when no replica is whole.
+        """
+        self._look_for_the_dead()
         migrations = ray.get(self._engine.migrations.remote())
         for sentence in migrations[self._told :]:
             self._events.append(Note(f"experts while serving: {sentence}"))
         self._told = len(migrations)
+
+    def _look_for_the_dead(self) -> None:
+        layout, dead = self._layout, self._gang.dead_ranks()
+        if not dead:
+            return
+        lost = {layout.coordinate(rank).replica: rank for rank in reversed(dead)}
+        if len(lost) == layout.replicas:
+            self._gang.call("info")  # raises, and says who has died
+        for replica in lost.keys() - self.lost.keys():
+            info = self._gang.infos[lost[replica]]
+            self._events.append(
+                Note(
+                    f"worker {lost[replica]} (process {info.pid} on {info.node}) died, and replica "
+                    f"{replica} serves no more; the others go on",
+                    warning=True,
+                )
+            )
+        self.lost = lost
+
+    def _whole(self) -> Gang:
+        """The workers of the replicas that serve."""
+        replica_of = self._layout.coordinate
+        ranks = range(len(self._gang.workers))
+        return self._gang.without([r for r in ranks if replica_of(r).replica in self.lost])
 
     def stand(self, state: EngineState) -> None:
         """Let the engine say what the workers do while they do not serve."""
@@ -150,7 +183,7 @@ class Serving:
             self._engine.drain.remote(str(then), limit_s), timeout=limit_s + _MORE_THAN_A_DRAIN_S
         )
         ended = time.time()
-        self._gang.call("stop_serving")
+        self._whole().call("stop_serving")
         if num_cut:
             requests = "request was" if num_cut == 1 else "requests were"
             self._events.append(

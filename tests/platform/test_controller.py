@@ -22,8 +22,8 @@ from dualray.checkpoint.writer import Piece, write_rank
 from dualray.errors import ResourceError, RunError
 from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.nodes import NodeMap
-from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.parallel.state_place import StateBytes
+from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.platform import controller as module
 from dualray.platform import life, serving
 from dualray.platform.assignment import Assignment
@@ -54,6 +54,14 @@ class FakeGang:
 
     def start(self, nodes: NodeMap | None) -> None:
         assert nodes is None
+
+    def dead_ranks(self) -> list[int]:
+        self.call("info")
+        return []
+
+    def without(self, ranks: Any) -> FakeGang:
+        assert not ranks
+        return self
 
     def call(self, method: str, *args: Any) -> list[Any]:
         self.calls.append(method)
