@@ -19,23 +19,30 @@ class GenerateAnswers:
     string in it and cuts it there, which may be inside a token, where no list of ids can end.
     """
 
-    def __init__(self, call: GenerateCall, num_prompt_tokens: int) -> None:
+    def __init__(self, call: GenerateCall, prompt_ids: Sequence[int]) -> None:
         self._call = call
-        self._num_prompt_tokens = num_prompt_tokens
+        self._prompt_ids = prompt_ids
+        self._prompt: Sequence[Sampled] | None = None
         self._tokens: list[list[Sampled]] = [[] for _ in range(call.params.n)]
 
     def messages(self, index: int, delta: Delta) -> Iterator[pb.GenerateResponse]:
-        """What completion `index` has gained: a chunk if the call streams, its whole at the end."""
+        """What completion `index` has gained: a chunk if the call streams, its whole at the end.
+
+        A scored prompt comes with completion 0: in its first chunk, and in its whole.
+        """
         self._tokens[index] += delta.tokens
+        if delta.prompt is not None:
+            self._prompt = delta.prompt
         if self._call.stream and delta.tokens:
             yield pb.GenerateResponse(
                 chunk=pb.GenerateStreamChunk(
                     index=index,
                     token_ids=[token.token_id for token in delta.tokens],
-                    prompt_tokens=self._num_prompt_tokens,
+                    prompt_tokens=len(self._prompt_ids),
                     # Of this chunk, not so far: gateways add them up.
                     completion_tokens=len(delta.tokens),
                     output_logprobs=self._logprobs(delta.tokens),
+                    input_logprobs=self._input_logprobs(delta.prompt),
                 )
             )
         if delta.finish is not None:
@@ -47,9 +54,10 @@ class GenerateAnswers:
             index=index,
             output_ids=[token.token_id for token in tokens],
             finish_reason=str(last.finish),
-            prompt_tokens=self._num_prompt_tokens,
+            prompt_tokens=len(self._prompt_ids),
             completion_tokens=len(tokens),
             output_logprobs=self._logprobs(tokens),
+            input_logprobs=self._input_logprobs(self._prompt if index == 0 else None),
         )
         if last.matched_stop is not None:
             complete.matched_stop_str = last.matched_stop
@@ -66,11 +74,23 @@ class GenerateAnswers:
         return pb.OutputLogProbs(
             token_ids=[token.token_id for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[
-                pb.TopLogProbs(
-                    token_ids=[token_id for token_id, _ in token.top],
-                    values=[logprob for _, logprob in token.top],
-                )
-                for token in tokens
-            ],
+            top_logprobs=[_top(token) for token in tokens],
         )
+
+    def _input_logprobs(self, scored: Sequence[Sampled] | None) -> pb.InputLogProbs | None:
+        """One entry for each token of the prompt; the first follows nothing and has no value."""
+        if scored is None:
+            return None
+        values = [pb.InputTokenLogProb(value=token.logprob) for token in scored]
+        return pb.InputLogProbs(
+            token_ids=self._prompt_ids,
+            token_logprobs=[pb.InputTokenLogProb(), *values],
+            top_logprobs=[pb.TopLogProbs(), *map(_top, scored)],
+        )
+
+
+def _top(token: Sampled) -> pb.TopLogProbs:
+    return pb.TopLogProbs(
+        token_ids=[token_id for token_id, _ in token.top],
+        values=[logprob for _, logprob in token.top],
+    )

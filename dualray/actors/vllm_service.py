@@ -90,7 +90,7 @@ class VllmService(pb_grpc.VllmEngineServicer):
         if call.request_id:
             self._active[call.request_id] = completions
         try:
-            answers = GenerateAnswers(call, len(completions[0].request.prompt_ids))
+            answers = GenerateAnswers(call, completions[0].request.prompt_ids)
             async with aclosing(merged(completions)) as deltas:
                 async for index, delta in deltas:
                     for message in answers.messages(index, delta):
