@@ -12,7 +12,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto import vllm_engine_pb2_grpc as vllm_grpc
-from support.secured import bearer, channel, index, outcome, request_of, stream
+from support.questions import question
+from support.secured import bearer, channel, index, outcome, stream
 from support.serving import serving
 
 from dualray.actors import line_file
@@ -35,15 +36,6 @@ def path(tmp_path):
 
 def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def question(prompt: bytes, request_id: str = "", **sampling) -> pb.ModelInferRequest:
-    request = request_of(prompt)
-    request.id = request_id
-    values = {"max_tokens": 4, "ignore_eos": True, "seed": 1} | sampling
-    contents = pb.InferTensorContents(bytes_contents=[json.dumps(values).encode()])
-    request.inputs.add(name="sampling_parameters", datatype="BYTES", shape=[1], contents=contents)
-    return request
 
 
 def test_a_line_says_what_a_request_was_and_how_it_ended(path):
