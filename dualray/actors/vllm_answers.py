@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
 
-from dualray.actors.completion import Delta
+from dualray.actors.completion import Completion, Delta
 from dualray.actors.vllm_requests import GenerateCall
 from dualray.inference.plan import Sampled
 from dualray.inference.request import FinishReason
@@ -19,9 +19,10 @@ class GenerateAnswers:
     string in it and cuts it there, which may be inside a token, where no list of ids can end.
     """
 
-    def __init__(self, call: GenerateCall, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, call: GenerateCall, completions: Sequence[Completion]) -> None:
         self._call = call
-        self._prompt_ids = prompt_ids
+        self._completions = completions
+        self._prompt_ids = completions[0].request.prompt_ids
         self._prompt: Sequence[Sampled] | None = None
         self._tokens: list[list[Sampled]] = [[] for _ in range(call.params.n)]
 
@@ -41,6 +42,7 @@ class GenerateAnswers:
                     prompt_tokens=len(self._prompt_ids),
                     # Of this chunk, not so far: gateways add them up.
                     completion_tokens=len(delta.tokens),
+                    cached_tokens=self._completions[index].num_cached_tokens,
                     output_logprobs=self._logprobs(delta.tokens),
                     input_logprobs=self._input_logprobs(delta.prompt),
                 )
@@ -56,6 +58,7 @@ class GenerateAnswers:
             finish_reason=str(last.finish),
             prompt_tokens=len(self._prompt_ids),
             completion_tokens=len(tokens),
+            cached_tokens=self._completions[index].num_cached_tokens,
             output_logprobs=self._logprobs(tokens),
             input_logprobs=self._input_logprobs(self._prompt if index == 0 else None),
         )

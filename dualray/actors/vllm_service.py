@@ -12,8 +12,9 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
@@ -45,6 +46,19 @@ NO_REPOSITORY = "worker:"
 no name there has a colon: a run called gpt2 must not be given GPT-2's tokenizer."""
 
 
+@dataclass(kw_only=True)
+class _Running:
+    """A request that a caller has named."""
+
+    completions: Sequence[Completion] = ()
+    aborted: bool = False
+
+    def abort(self) -> None:
+        self.aborted = True
+        for completion in self.completions:
+            completion.abort()
+
+
 class VllmService(pb_grpc.VllmEngineServicer):
     """The protocol's methods over one engine."""
 
@@ -59,7 +73,7 @@ class VllmService(pb_grpc.VllmEngineServicer):
         self._watch = watch or RequestWatch(engine)
         self._config = {} if files is None else json.loads(files["config.json"])
         self._archive = None if files is None else archive(files)
-        self._active: dict[str, list[Completion]] = {}
+        self._running: dict[str, _Running] = {}
         self._started_s = time.monotonic()
         self._last_request_unix_s = 0.0
 
@@ -81,30 +95,32 @@ class VllmService(pb_grpc.VllmEngineServicer):
         self, request: pb.GenerateRequest, watched: Watched, context: Context
     ) -> None:
         call = read_request(request, self._engine.limits.max_context)
-        grammars = await self._engine.grammars.compile(call.params)
         self._refuse_known(call.request_id)
-        completions = submit_all(
-            self._engine, call.prompt, call.params, every_token=True, grammars=grammars
-        )
-        watched.completions = completions
+        running = _Running()
         if call.request_id:
-            self._active[call.request_id] = completions
+            self._running[call.request_id] = running
         try:
-            answers = GenerateAnswers(call, completions[0].request.prompt_ids)
-            async with aclosing(merged(completions)) as deltas:
+            grammars = await self._engine.grammars.compile(call.params)
+            watched.completions = running.completions = submit_all(
+                self._engine, call.prompt, call.params, every_token=True, grammars=grammars
+            )
+            if running.aborted:  # while its grammar was compiled
+                running.abort()
+            answers = GenerateAnswers(call, running.completions)
+            async with aclosing(merged(running.completions)) as deltas:
                 async for index, delta in deltas:
                     for message in answers.messages(index, delta):
                         await context.write(message)
         finally:
-            self._active.pop(call.request_id, None)
-            cancel_all(completions)
+            self._running.pop(call.request_id, None)
+            cancel_all(running.completions)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         """Ends the streams of these requests with finish `abort`; unknown ones may be over."""
         set_trailer(context, self._engine)
         for request_id in request.request_ids:
-            for completion in self._active.get(request_id, ()):
-                completion.abort()
+            if request_id in self._running:
+                self._running[request_id].abort()
         return pb.AbortResponse()
 
     async def HealthCheck(self, request: Any, context: Context) -> pb.HealthCheckResponse:
@@ -155,7 +171,7 @@ class VllmService(pb_grpc.VllmEngineServicer):
                 ),
             )
         scheduler, limits = self._engine.scheduler, self._engine.limits
-        usage = scheduler.cache_usage
+        usage, counts = scheduler.cache_usage, scheduler.counts
         num_tokens = limits.num_blocks * limits.block_size * self._num_owners()
         load = pb.SchedulerLoad(
             num_running_reqs=scheduler.num_running,
@@ -165,6 +181,7 @@ class VllmService(pb_grpc.VllmEngineServicer):
             max_total_num_tokens=num_tokens,
             token_usage=usage,
             utilization=usage,
+            cache_hit_rate=counts.prefix_hits / max(counts.prefix_queries, 1),
             max_running_requests=limits.max_batch * self._num_owners(),
         )
         return pb.GetLoadsResponse(
@@ -193,7 +210,7 @@ class VllmService(pb_grpc.VllmEngineServicer):
         await self._not_offered(context, "Embed", "the model continues texts only")
 
     async def FlushCache(self, request: Any, context: Context) -> NoReturn:
-        await self._not_offered(context, "FlushCache", "nothing is cached between requests")
+        await self._not_offered(context, "FlushCache", "serve with serve.prefix_cache: false")
 
     async def StartProfile(self, request: Any, context: Context) -> NoReturn:
         await self._not_offered(context, "StartProfile", "read the metrics endpoint instead")
@@ -210,7 +227,7 @@ class VllmService(pb_grpc.VllmEngineServicer):
         await refuse(context, error)
 
     def _refuse_known(self, request_id: str) -> None:
-        if request_id in self._active:
+        if request_id in self._running:
             raise RequestError(
                 f"request_id is {request_id!r} and a request of that name still runs",
                 hint="give every request a name of its own",
