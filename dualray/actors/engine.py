@@ -222,7 +222,9 @@ class Engine:
                 with self._gate.step():
                     if self._before_step is not None:
                         await self._before_step()
+                    started = time.perf_counter()
                     results = list(await self._run_step(plan))
+                    self.scheduler.took(plan, time.perf_counter() - started)
             except ReplicasLostError as lost:
                 results = lost.outcomes
                 self._lose(lost)
@@ -267,7 +269,9 @@ class Engine:
             elif (completion := self._completions.get(outcome.request_id)) is not None:
                 completion.take_prompt(outcome)
         for progress in self.scheduler.apply(sampled):
-            completion = self._completions[progress.request_id]
+            completion = self._completions.get(progress.request_id)
+            if completion is None:
+                continue  # the text of a token before, of the same step, has ended it
             if progress.finish is FinishReason.ERROR:
                 self._drop(progress.request_id, grammar_failure(completion.request.grammar))
                 continue

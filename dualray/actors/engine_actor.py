@@ -132,6 +132,7 @@ class EngineActor:
             "num_waiting": scheduler.num_waiting,
             "cache_usage": scheduler.cache_usage,
             "metrics_url": self._metrics_url,
+            "drafts": asdict(scheduler.counts.drafts),
             **asdict(self._engine.weights),
             **asdict(self._engine.stats),
         }

@@ -1,9 +1,8 @@
 """What the engine does, as plain counters and as Prometheus metrics under vLLM's names.
 
 Dashboards and autoscalers written for vLLM then work unchanged: names, labels and buckets are
-those of its `vllm/v1/metrics/loggers.py`. What the engine does not do (speculation) has no
-series here rather than one that is always 0. Every engine has a registry of its own, so that
-two in one process do not add up.
+those of its `vllm/v1/metrics/loggers.py` and `vllm/v1/spec_decode/metrics.py`. Every engine has
+a registry of its own, so that two in one process do not add up.
 """
 
 from __future__ import annotations
@@ -72,6 +71,15 @@ class EngineMetrics:
         self._preemptions = self._counter("num_preemptions", "Times a request lost its blocks.")
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
         self._hits = self._counter("prefix_cache_hits", "Prompt tokens found and not run.")
+        self._drafts = self._counter("spec_decode_num_drafts", "Steps that verified drafts.")
+        self._drafted = self._counter("spec_decode_num_draft_tokens", "Drafts verified.")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Drafts accepted.")
+        self._accepted_per_pos = Counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafts accepted, by place behind the last token.",
+            (*_LABELS, "position"),
+            registry=self.registry,
+        )
         self._counted = CacheCounts()
         ended = Counter(
             "vllm:request_success",
@@ -114,7 +122,15 @@ class EngineMetrics:
         self._preemptions.inc(counts.num_preemptions - counted.num_preemptions)
         self._queries.inc(counts.prefix_queries - counted.prefix_queries)
         self._hits.inc(counts.prefix_hits - counted.prefix_hits)
-        self._counted = replace(counts)
+        drafts, told = counts.drafts, counted.drafts
+        self._drafts.inc(drafts.num_drafts - told.num_drafts)
+        self._drafted.inc(drafts.num_draft_tokens - told.num_draft_tokens)
+        self._accepted.inc(drafts.num_accepted_tokens - told.num_accepted_tokens)
+        for place, count in enumerate(drafts.accepted_per_pos):
+            of_place = self._accepted_per_pos.labels(*self._labels, str(place))
+            of_place.inc(count - (told.accepted_per_pos[place : place + 1] or [0])[0])
+        drafts = replace(drafts, accepted_per_pos=list(drafts.accepted_per_pos))
+        self._counted = replace(counts, drafts=drafts)
 
     def add_token(self, completion: Completion, now_ns: int) -> None:
         """Counts a token that came at `now_ns`; the first one also counts its prompt."""

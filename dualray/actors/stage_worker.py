@@ -230,6 +230,7 @@ class StageWorker:
                 num_blocks=limits.num_blocks,
                 block_size=limits.block_size,
                 compile_batch=compile_batch,
+                drafts=limits.draft_tokens > 0,
             )
             for direction, stage in enumerate(trainer.schedule.stage_of[trainer.at.pipeline])
         }

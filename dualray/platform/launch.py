@@ -45,7 +45,8 @@ def plan_training(run: RunFile, *, resume: bool, console: Console) -> Assignment
     folder = RunFolder.named(run.name)
     phases = run.phases()
     if run.serve.after_training:
-        run.serve.limits(phases[-1].model.max_position_embeddings)
+        model = phases[-1].model
+        run.serve.limits(model.max_position_embeddings, model.num_nextn_predict_layers)
     dataset = TokenDataset.open(run.data.path, verify=False)
     _refuse_little_data(run, dataset)
     if resume:

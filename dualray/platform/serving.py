@@ -133,7 +133,7 @@ class Serving:
         )
 
     def _limits(self, model: ModelConfig) -> Limits:
-        return self._run.serve.limits(model.max_position_embeddings)
+        return self._run.serve.limits(model.max_position_embeddings, model.num_nextn_predict_layers)
 
     def look(self) -> None:
         """See that workers live, and tell when experts have moved.

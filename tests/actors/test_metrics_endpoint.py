@@ -43,6 +43,8 @@ GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = (
     *("prompt_tokens", "generation_tokens", "request_success"),
     *("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"),
+    *("spec_decode_num_drafts", "spec_decode_num_draft_tokens"),
+    *("spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos"),
 )
 CALLS = ("grpc_server_started", "grpc_server_handled")
 

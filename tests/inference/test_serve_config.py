@@ -131,3 +131,44 @@ def test_the_context_cannot_exceed_the_models():
 @pytest.mark.parametrize("right", ["http://10.0.0.7:4317", "https://[::1]:4317/"])
 def test_where_traces_go(right):
     assert ServeConfig(otlp_endpoint=right).otlp_endpoint == right
+
+
+def test_drafts_are_on_where_the_model_has_modules_for_them():
+    plain, drafting = (ServeConfig().limits(64, modules) for modules in (0, 1))
+    assert (plain.draft_tokens, plain.draft_modules) == (0, 0)
+    assert (drafting.draft_tokens, drafting.draft_modules) == (3, 1)
+    assert ServeConfig(draft_tokens=1).limits(64, 2).draft_modules == 1
+    assert ServeConfig(draft_tokens=0).limits(64, 1).draft_tokens == 0
+    # Compiled steps are of a fixed number of rows: whoever wants both says so.
+    assert ServeConfig(compile_batch=8).limits(64, 1).draft_tokens == 0
+    assert ServeConfig(compile_batch=8, draft_tokens=2).limits(64, 1).draft_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "modules", "sentence"),
+    [
+        (
+            {"draft_tokens": 9},
+            1,
+            "serve.draft_tokens is 9 and must lie between 0 and 8; leave it out for as many as "
+            "pay, or set it to 0 for none.",
+        ),
+        (
+            {"draft_tokens": 2, "compile_batch": 2},
+            1,
+            "serve.draft_tokens is 2 and serve.compile_batch 2, but a step that verifies them runs "
+            "3 rows of a sequence; set serve.compile_batch to 3 or more, or drop one of the two.",
+        ),
+        (
+            {"draft_tokens": 1},
+            0,
+            "serve.draft_tokens is 1 and model.num_nextn_predict_layers is 0, but drafts come from "
+            "MTP modules; leave serve.draft_tokens out, or train a model with "
+            "num_nextn_predict_layers: 1.",
+        ),
+    ],
+)
+def test_drafts_that_cannot_be_are_refused(settings, modules, sentence):
+    with pytest.raises(ConfigError) as raised:
+        ServeConfig(**settings).limits(64, modules)
+    assert str(raised.value) == sentence

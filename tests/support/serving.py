@@ -11,6 +11,7 @@ import contextlib
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,23 @@ class Served:
         security: ServeConfig | None = None,
         tokenizer: Tokenizer | None = None,
         files: bool = True,
+        draft_tokens: int = 0,
     ) -> None:
-        """Raw bytes without `tokenizer`; with `files` the server can hand its tokenizer out."""
+        """Raw bytes without `tokenizer`; with `files` the server can hand its tokenizer out. Drafts
+        need an MTP module, without which the model is the same one."""
         self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
-        config = tiny_config(vocab_size=self._tokenizer.vocab_size, num_nextn_predict_layers=0)
+        modules = min(1, draft_tokens)
+        config = tiny_config(
+            vocab_size=self._tokenizer.vocab_size, num_nextn_predict_layers=modules
+        )
+        self.limits = replace(LIMITS, draft_tokens=draft_tokens, draft_modules=modules)
         self._files = text_side(self._tokenizer, config) if files else None
         stage = StageRunner(
             whole_model(config),
             LocalDispatch(config.n_routed_experts),
             num_blocks=LIMITS.num_blocks,
             block_size=LIMITS.block_size,
+            drafts=draft_tokens > 0,
         )
         self._walk = StepRunner(replica=0, expert=0, stages={0: stage})
         self._max_request_s = max_request_s
@@ -70,7 +78,7 @@ class Served:
             model_name="tiny",
             tokenizer=self._tokenizer,
             owners=owners(1, 1, 1),
-            limits=LIMITS,
+            limits=self.limits,
             max_request_s=self._max_request_s,
             run_step=self._run_step,
         )
