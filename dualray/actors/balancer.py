@@ -7,17 +7,27 @@ experts did and lets experts move. Requests wait as they would for a longer step
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.rebalancing import Rebalancing
 
 
 class ServingBalancer:
-    """Looks at the loads every so many engine steps. `workers` are handles of all, by rank."""
+    """Looks at the loads every so many engine steps. `workers` are handles of all, by rank.
 
-    def __init__(self, rebalancing: Rebalancing, workers: Sequence[Any]) -> None:
+    `saw` hears what the workers said.
+    """
+
+    def __init__(
+        self,
+        rebalancing: Rebalancing,
+        workers: Sequence[Any],
+        saw: Callable[[Sequence[ExpertWork]], None] = lambda works: None,
+    ) -> None:
         self.rebalancing = rebalancing
+        self._saw = saw
         self.migrations: list[str] = []
         """What was done and why, a sentence each."""
         self._workers = tuple(workers)
@@ -31,6 +41,7 @@ class ServingBalancer:
 
     async def _look(self) -> None:
         works = await asyncio.gather(*(w.expert_work.remote() for w in self._workers))
+        self._saw(works)
         proposal = self.rebalancing.saw(works, step=self._steps, steps=self.rebalancing.every)
         if proposal is None or not proposal.adopt:
             return

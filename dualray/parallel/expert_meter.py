@@ -62,6 +62,12 @@ class ExpertMeter:
         self._is_timing = False
         return work
 
+    def take_rows(self) -> ExpertWork:
+        """Rows since they were last taken, or it began, and no seconds; it goes on as it was."""
+        rows = {layer: counts.tolist() for layer, counts in sorted(self.rows.items())}
+        self.rows.clear()
+        return ExpertWork(slot_rows=rows, seconds={})
+
     # A forward of experts exchanges nothing, so no other forward begins before it ends.
     def _begin(self, rows_ND: Tensor) -> None:
         if self._is_off():
