@@ -12,6 +12,7 @@ from dualray.platform.commands.bench_model import model
 from dualray.platform.commands.bench_overlap import overlap
 from dualray.platform.commands.bench_rebalance import rebalance
 from dualray.platform.commands.bench_schedule import schedule
+from dualray.platform.commands.bench_serve import serve
 
 app = typer.Typer(help="Side-by-side benchmarks.", no_args_is_help=True)
 app.command("model")(model)
@@ -22,3 +23,4 @@ app.command("rebalance")(rebalance)
 app.command("context")(context)
 app.command("schedule")(schedule)
 app.command("overlap")(overlap)
+app.command("serve")(serve)
