@@ -116,12 +116,9 @@ def _try_first_token(matcher: GrammarMatcher, what: StructuredOutputs) -> None:
 
 
 def _refusal(what: StructuredOutputs, reason: str) -> RequestError:
-    kind = next(
-        k for k in ("json", "regex", "grammar", "choice", "json_object") if getattr(what, k)
-    )
     return RequestError(
-        f"sampling_parameters.{_FIELD}.{kind} cannot be used: {reason}",
-        hint=f"correct {_FIELD}.{kind}",
+        f"sampling_parameters.{_FIELD}.{what.kind} cannot be used: {reason}",
+        hint=f"correct {_FIELD}.{what.kind}",
         field=_FIELD,
     )
 

@@ -43,7 +43,7 @@ class StructuredOutputs:
     """No white space between JSON's tokens."""
 
     def __post_init__(self) -> None:
-        given = [name for name in _KINDS if getattr(self, name) not in (None, (), False)]
+        given = self._given()
         if len(given) != 1:
             raise RequestError(
                 f"sampling_parameters.{_NAME} has {' and '.join(given) or 'no constraint'} and "
@@ -55,9 +55,17 @@ class StructuredOutputs:
         require(size <= MAX_BYTES, _NAME, f"{size} bytes long", f"must be at most {MAX_BYTES}")
 
     @property
+    def kind(self) -> str:
+        """Name of the field that is set."""
+        return self._given()[0]
+
+    @property
     def is_json(self) -> bool:
         """White space between tokens is of no meaning."""
         return self.json is not None or self.json_object
+
+    def _given(self) -> list[str]:
+        return [name for name in _KINDS if getattr(self, name) not in (None, (), False)]
 
     def _texts(self) -> list[str]:
         texts = (self.json, self.regex, *self.choice, self.grammar, self.whitespace_pattern)
