@@ -24,7 +24,7 @@ class ServingBalancer:
         self,
         rebalancing: Rebalancing,
         workers: Sequence[Any],
-        saw: Callable[[Sequence[ExpertWork]], None] = lambda works: None,
+        saw: Callable[[Sequence[ExpertWork]], None] | None = None,
     ) -> None:
         self.rebalancing = rebalancing
         self._saw = saw
@@ -41,7 +41,8 @@ class ServingBalancer:
 
     async def _look(self) -> None:
         works = await asyncio.gather(*(w.expert_work.remote() for w in self._workers))
-        self._saw(works)
+        if self._saw is not None:
+            self._saw(works)
         proposal = self.rebalancing.saw(works, step=self._steps, steps=self.rebalancing.every)
         if proposal is None or not proposal.adopt:
             return

@@ -15,6 +15,7 @@ import ray
 from dualray.actors.balancer import ServingBalancer
 from dualray.actors.completion import Weights
 from dualray.actors.engine import Engine, EngineState
+from dualray.actors.expert_loads import ExpertLoads
 from dualray.actors.grpc_security import OwnAccess
 from dualray.actors.grpc_server import InferenceServer
 from dualray.actors.metrics_server import MetricsServer
@@ -23,6 +24,7 @@ from dualray.data.tokenizer import Tokenizer
 from dualray.inference.plan import Outcome, Owner, StepPlan
 from dualray.inference.scheduler import Limits
 from dualray.inference.serve_config import ServeConfig
+from dualray.parallel.layout import Layout
 from dualray.parallel.rebalancing import Rebalancing
 from dualray.parallel.slots import ExpertPlacement
 
@@ -56,6 +58,7 @@ class EngineActor:
             before_step=self._before_step,
         )
         self._balancer: ServingBalancer | None = None
+        self._loads: ExpertLoads | None = None
         self._server: InferenceServer | None = None
         self._metrics: MetricsServer | None = None
         self._metrics_url: str | None = None
@@ -89,14 +92,19 @@ class EngineActor:
         owners: Sequence[Owner],
         rebalancing: Rebalancing | None = None,
         limits: Limits | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Takes requests from now on, for the owners and limits that there are by now.
 
-        With `rebalancing` experts move between workers as requests load them.
+        With `rebalancing` experts move between workers as requests load them. With `layout`, how
+        the workers are arranged, the metrics say how evenly that is.
         """
-        self._balancer = None
+        self._balancer = self._loads = None
+        if layout is not None and layout.experts > 1 and self._metrics is not None:
+            self._loads = ExpertLoads(layout, self._workers, self._engine.metrics.show_balance)
         if rebalancing is not None:
-            self._balancer = ServingBalancer(rebalancing, self._workers)
+            saw = None if self._loads is None else self._loads.saw
+            self._balancer = ServingBalancer(rebalancing, self._workers, saw)
         node = ray.util.get_node_ip_address()
         doors = await asyncio.gather(*(w.open_plans.remote(node) for w in self._workers))
         await self._replicas.open(doors, len({owner.replica for owner in owners}))
@@ -148,10 +156,13 @@ class EngineActor:
     async def _before_step(self) -> None:
         if self._balancer is not None:
             await self._balancer.before_step()
+        elif self._loads is not None:
+            await self._loads.before_step()
 
     async def _run_step(self, plan: StepPlan) -> list[Outcome]:
         try:
             return await self._replicas.run(plan)
         except ReplicasLostError:
+            self._loads = None
             self._balancer = None  # experts move on all replicas or on none
             raise

@@ -7,6 +7,7 @@ a registry of its own, so that two in one process do not add up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -81,6 +82,12 @@ class EngineMetrics:
             registry=self.registry,
         )
         self._counted = CacheCounts()
+        self._balance = Gauge(
+            "dualray:expert_balancedness",
+            "Rows of the expert ranks' mean over those of the fullest, lately; 1 is balance.",
+            (*_LABELS, "layer"),
+            registry=self.registry,
+        )
         ended = Counter(
             "vllm:request_success",
             "Requests that ended, by reason.",
@@ -131,6 +138,11 @@ class EngineMetrics:
             of_place.inc(count - (told.accepted_per_pos[place : place + 1] or [0])[0])
         drafts = replace(drafts, accepted_per_pos=list(drafts.accepted_per_pos))
         self._counted = replace(counts, drafts=drafts)
+
+    def show_balance(self, balance: Mapping[int, float]) -> None:
+        """Sets what `balancedness` found, by layer."""
+        for layer, value in balance.items():
+            self._balance.labels(*self._labels, str(layer)).set(value)
 
     def add_token(self, completion: Completion, now_ns: int) -> None:
         """Counts a token that came at `now_ns`; the first one also counts its prompt."""

@@ -193,6 +193,10 @@ class StageWorker:
         self.trainer.meter.begin()
         return work
 
+    def expert_rows(self) -> ExpertWork:
+        """What slots were sent since this was last asked; without seconds, which cost a little."""
+        return self.trainer.meter.take_rows()
+
     def evaluate(self, num_batches: int | None) -> HeldOut:
         """Held-out loss over so many global batches, or all of them. A collective."""
         sequences = self.phase.train.global_sequences(self.spec.layout)

@@ -121,7 +121,7 @@ class Serving:
         self._layout = layout
         self._gang.call("start_serving", limits, self._run.serve.compile_batch)
         digest = f"{sum(self._gang.call('digest')) % 2**128:032x}"
-        ray.get(self._engine.serve.remote(step, digest, owners, rebalancing, limits))
+        ray.get(self._engine.serve.remote(step, digest, owners, rebalancing, limits, layout))
         self._told = 0
         own = ray.get(self._engine.own_access.remote())
         first_token = first_token_at(own.target, self._run.name, own.token)

@@ -79,6 +79,7 @@ def test_names_labels_and_buckets_are_those_of_vllm(scrape):
         **{f"vllm:{name}": "gauge" for name in GAUGES},
         **{f"vllm:{name}": "counter" for name in COUNTERS},
         **dict.fromkeys(CALLS, "counter"),
+        "dualray:expert_balancedness": "gauge",
     }
     for sample in answer.samples:
         assert (sample.labels["model_name"], sample.labels["engine"]) == ("tiny", "0")
@@ -99,6 +100,16 @@ def test_counts_are_what_was_asked(served, scrape):
     assert answer("prompt_tokens_total") == 2 + 3 + 1 + 4
     assert answer("generation_tokens_total") == 4 + 1 + 6 + 1
     assert answer.counts() == dict.fromkeys(BUCKETS, 4) | {"inter_token_latency_seconds": 3 + 5}
+
+
+def test_balance_of_experts_has_a_series_a_layer(served, scrape):
+    served.engine.metrics.show_balance({1: 0.5, 3: 1.0})
+    served.engine.metrics.show_balance({1: 0.75})
+    samples = scrape().families["dualray:expert_balancedness"].samples
+    labels = {"model_name": "tiny", "engine": "0"}
+    assert [(s.labels, s.value) for s in samples] == [
+        (labels | {"layer": "1"}, 0.75), (labels | {"layer": "3"}, 1.0),
+    ]  # fmt: skip
 
 
 def test_phases_add_up(served, scrape):
