@@ -82,7 +82,9 @@ class OwnerBatch:
         """This step's tokens. Completions come first: no prompt holds up those that stream."""
         budget = self._limits.max_step_tokens
         lacking = sum(map(self._needs_block, self._sequences))
-        waiting = sum(sequence.num_left == 1 for sequence in self._sequences)
+        spare = budget - sum(sequence.num_left == 1 for sequence in self._sequences)
+        if any(sequence.num_left > 1 for sequence in self._sequences):
+            spare -= spare // 2  # drafts must not hold up prompts either
         prompts: list[Sequence] = []
         planned: list[SequencePlan] = []
         for sequence in self._sequences:
@@ -91,9 +93,9 @@ class OwnerBatch:
                 continue
             lacking -= self._needs_block(sequence)
             if sequence.num_left:  # else its token is still awaited
-                waiting -= 1
                 room = self._room(sequence, reserved=lacking)
-                planned.append(self._run(sequence, 1, room=room, budget=budget - waiting))
+                planned.append(self._run(sequence, 1, room=room, budget=1 + spare))
+                spare -= len(planned[-1].ids) - 1
                 budget -= len(planned[-1].ids)
         for index, most in prompt_turns([s.num_left for s in prompts], budget):
             sequence = prompts[index]
