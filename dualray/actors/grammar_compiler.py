@@ -9,10 +9,10 @@ from dualray.actors.vllm_tokenizer import byte_level_json
 from dualray.data.tokenizer import Tokenizer
 from dualray.inference.grammar_matcher import GrammarMatcher
 from dualray.inference.grammars import Grammars
-from dualray.inference.request import QueueFullError, SamplingParams
+from dualray.inference.request import MAX_N, QueueFullError, SamplingParams
 
 NUM_THREADS = 2
-MAX_WAITING = 64
+MAX_WAITING = MAX_N
 """Completions whose grammars may wait. One takes a millisecond, a hostile one half a second."""
 
 
@@ -43,12 +43,13 @@ class GrammarCompiler:
             )
         loop = asyncio.get_running_loop()
         self._num_waiting += params.n
-        made = [
-            loop.run_in_executor(self._threads, self._grammars.compile, what)
-            for _ in range(params.n)
-        ]
+
+        def start() -> asyncio.Future[GrammarMatcher]:
+            return loop.run_in_executor(self._threads, self._grammars.compile, what)
+
         try:
-            return list(await asyncio.gather(*made))
+            first = await start()  # if it cannot be used, nobody tries the others
+            return [first, *await asyncio.gather(*[start() for _ in range(params.n - 1)])]
         finally:
             self._num_waiting -= params.n
 

@@ -221,7 +221,9 @@ class Drafter:
         for i in wanted:
             spec = walks[i].spec
             assert spec is not None, "drafts come behind a chosen token"
-            specs.append(replace(spec, position=spec.position + depth))
+            # What a grammar allowed there says nothing of what it allows here.
+            adjust = None if spec.adjust is None else replace(spec.adjust, allowed=b"")
+            specs.append(replace(spec, position=spec.position + depth, adjust=adjust))
         drawn = choose(self._stage.head(last_WD[wanted]), specs).tolist()
         for i, token in zip(wanted, drawn):
             walks[i].ahead.append(token)
