@@ -80,6 +80,10 @@ class EngineActor:
         await self._engine.start()
         return target
 
+    async def metrics_url(self) -> str | None:
+        """Where the metrics are scraped, if they are."""
+        return self._metrics_url
+
     async def own_access(self) -> OwnAccess:
         """How the controller reaches the server, however it is secured."""
         assert self._server is not None

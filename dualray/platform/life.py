@@ -152,6 +152,8 @@ class Life:
         self._enters(Mode.SERVE, RunState.SERVING)
         workers = ", ".join(map(str, begun.pids))
         self._note(f"serving at {self._serving.target} from worker processes {workers}")
+        if self._serving.metrics is not None:
+            self._note(f"metrics at {self._serving.metrics}")
         since = training.last_step_ended if trained and training is not None else started
         away = self._optimizer
         sizes = [] if away is None else away.sizes

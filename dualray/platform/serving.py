@@ -68,6 +68,8 @@ class Serving:
         """Replicas that serve no more, and the rank that took them with it."""
         self.target: str | None = None
         """HOST:PORT on which the engine listens."""
+        self.metrics: str | None = None
+        """Where Prometheus finds its metrics, if the run shows them."""
 
     def listen(self, tokenizer: Path, owners: Sequence[Owner]) -> None:
         """Start the engine, which refuses requests for now; nothing happens if it is there.
@@ -94,15 +96,18 @@ class Serving:
         )
         try:
             listening: str = ray.get(engine.start.remote())
+            metrics: str | None = None
+            if run.serve.metrics_port is not None:
+                metrics = ray.get(engine.metrics_url.remote())
         except Exception:
             ray.kill(engine)
             raise
         self._engine = engine
-        # Whoever listens on every address is reached at this node's own.
-        host, _, port = listening.rpartition(":")
-        if host in ("0.0.0.0", "[::]"):
-            host = ray.util.get_node_ip_address()
-        self.target = f"{host}:{port}"
+        self.target = _reached(listening)
+        if metrics is not None:
+            scheme, _, at = metrics.partition("://")
+            at, slash, path = at.partition("/")
+            self.metrics = f"{scheme}://{_reached(at)}{slash}{path}"
 
     def begin(
         self,
@@ -205,6 +210,12 @@ class Serving:
             self._events.append(Note(f"the engine did not stop cleanly: {error}", warning=True))
         ray.kill(self._engine)
         self._engine = None
+
+
+def _reached(listening: str) -> str:
+    """Whoever listens on every address is reached at this node's own."""
+    host, _, port = listening.rpartition(":")
+    return f"{ray.util.get_node_ip_address()}:{port}" if host in ("0.0.0.0", "[::]") else listening
 
 
 def owners_of(layout: Layout, choice: Choice) -> tuple[Owner, ...]:
