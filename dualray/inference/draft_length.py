@@ -109,11 +109,13 @@ def best_length(
 ) -> tuple[int, float]:
     """(passes, least gain that is worth a row) with the most tokens a second.
 
-    `gains[i][k]` of sequence i's draft k fall with k.
+    `gains[i][k]` of sequence i's draft k fall with k. At the best speed a row is worth its while if
+    it alone makes tokens as fast.
     """
     n = len(gains)
+    row_seconds = costs.seconds(1, 0) - costs.seconds(0, 0)
     best = n / costs.seconds(n, 0) if n else 0.0
-    choice = (0, 1.0)
+    choice = 0
     for passes in range(1, max(map(len, gains), default=0) + 1):
         rows, tokens = n, float(n)
         for gain in sorted((g for own in gains for g in own[:passes]), reverse=True):
@@ -121,5 +123,5 @@ def best_length(
             tokens += gain
             speed = tokens / costs.seconds(rows, passes * lanes)
             if speed > best:
-                best, choice = speed, (passes, gain)
-    return choice
+                best, choice = speed, passes
+    return choice, best * row_seconds

@@ -217,7 +217,7 @@ class Scheduler:
 
     def _begin_drafts(self) -> None:
         if self._lengths is not None:
-            running = [s for s in self._running.values() if s.num_left <= 1]
+            running = self._running.values()
             own = [s.speculation.acceptance for s in running if s.speculation is not None]
             owners = [s.owner for s in running if s.owner is not None]
             lanes = {(owner.replica, owner.direction) for owner in owners}
