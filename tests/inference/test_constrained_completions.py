@@ -6,6 +6,7 @@ masks.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -248,3 +249,33 @@ def test_penalties_and_cuts_choose_among_what_is_allowed():
 def test_the_parameter_may_come_as_text():
     wanted = read_structured_outputs("structured_outputs", '{"json": "{\\"type\\": \\"null\\"}"}')
     assert wanted == read_structured_outputs("structured_outputs", {"json": {"type": "null"}})
+
+
+DRAFTING = tiny_config(vocab_size=257)
+WANTED = (
+    {"regex": "[ab]{30}c"},
+    {"json": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 8}},
+    {"grammar": 'start: "a" start "b" | "c"'},
+    {"choice": ["abababab", "abaabaaa"]},
+)
+LIKELY = {str(ord(letter)): 60 for letter in 'ab["]'}  # so that drafts come true at times
+
+
+@pytest.mark.parametrize(("temperature", "num_blocks"), [(0.0, 64), (1.0, 64), (1.0, 9)])
+def test_neither_drafts_nor_preemption_change_what_is_said(temperature, num_blocks):
+    values = {"temperature": temperature, "logit_bias": LIKELY, "repetition_penalty": 1.2}
+    limits = Limits(num_blocks=num_blocks, block_size=8, max_batch=4, max_context=64)
+    drafting = dataclasses.replace(limits, draft_tokens=3, draft_modules=2)
+    told, accepted = [], 0
+    for each in (dataclasses.replace(limits, num_blocks=64), drafting):
+        model = Completing(whole_model(DRAFTING), each, EOS)
+        requests = [
+            request(str(i), wanted, 7, max_tokens=50, **values) for i, wanted in enumerate(WANTED)
+        ]
+        told.append({name: c.ids for name, c in model.run(requests).items()})
+        accepted = sum(map(len, told[-1].values())) - sum(
+            bool(s.samples) for p in model.plans for s in next(iter(p.owners.values()))
+        )
+    assert told[0] == told[1]
+    assert accepted > 0
+    assert (model.counts.num_preemptions > 0) == (num_blocks == 9)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from dualray.inference.limits import Limits
 from dualray.inference.plan import Sampled, StepPlan
 from dualray.inference.request import FinishReason, Request
-from dualray.inference.scheduler import Scheduler, owners
+from dualray.inference.scheduler import CacheCounts, Scheduler, owners
 from dualray.inference.stage_runner import StageRunner
 from dualray.inference.step_runner import StepRunner
 from dualray.model.moe import LocalDispatch
@@ -31,14 +31,21 @@ class Completing:
     def __init__(self, stage: Stage, limits: Limits, eos_id: int | None = None) -> None:
         dispatch = LocalDispatch(stage.config.n_routed_experts)
         runner = StageRunner(
-            stage, dispatch, num_blocks=limits.num_blocks, block_size=limits.block_size
+            stage,
+            dispatch,
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            drafts=limits.draft_tokens > 0,
         )
         self._walk = StepRunner(replica=0, expert=0, stages={0: runner})
         self._limits, self._eos_id = limits, eos_id
         self.plans: list[StepPlan] = []
+        self.counts = CacheCounts()
 
     def run(self, requests: Iterable[Request]) -> dict[str, Completed]:
-        scheduler = Scheduler(owners=owners(1, 1, 1), limits=self._limits, eos_id=self._eos_id)
+        scheduler = Scheduler(
+            owners=owners(1, 1, 1), limits=self._limits, eos_id=self._eos_id, counts=self.counts
+        )
         done = {}
         for request in requests:
             scheduler.add(request)
