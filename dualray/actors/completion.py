@@ -41,7 +41,8 @@ class Completion:
     first step that ran the request. Nanoseconds of the monotonic clock, None before.
 
     With `every_token` a token comes as soon as it is made, for readers who make the text
-    themselves; its text follows when it may be shown.
+    themselves; its text follows when it may be shown. With an `interval_s` a delta comes no sooner
+    than that after the one before, unless it is the last, and brings what was made between.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Completion:
         on_cancel: Callable[[Completion], None],
         *,
         every_token: bool = False,
+        interval_s: float = 0.0,
     ) -> None:
         self.request = request
         self.weights = weights
@@ -70,7 +72,11 @@ class Completion:
         self._text = text
         self._on_cancel = on_cancel
         self._every_token = every_token
+        self._interval_ns = round(interval_s * 1e9)
+        self._given_ns = 0
+        """When the last delta was given."""
         self._held: list[Sampled] = []
+        self._held_text = ""
         wanted = request.params.prompt_logprobs is not None
         self._prompt: list[Sampled] | None = [] if wanted else None
         self._items: asyncio.Queue[Delta | Exception] = asyncio.Queue()
@@ -108,7 +114,7 @@ class Completion:
         """Cancels for somebody else than the reader, whose stream ends with finish `abort`."""
         self.cancel()
         # What has ended before is read up to its own end, and this never.
-        self._items.put_nowait(Delta(text="", tokens=tuple(self._held), finish=FinishReason.ABORT))
+        self._give(FinishReason.ABORT)
 
     def take_prompt(self, scored: PromptScored) -> None:
         """Adds what was scored of the prompt; a preempted request's parts may come again."""
@@ -119,34 +125,48 @@ class Completion:
     def take(self, progress: Progress) -> FinishReason | None:
         """Adds a token; returns why the completion has ended, if it has.
 
-        Tokens whose text may not be shown yet are held for the next delta, but for `every_token`.
+        Tokens whose text may not be shown yet are held for the next delta, but for `every_token`;
+        so is all that comes within the interval.
         """
         finish = progress.finish
         self.num_cached_tokens = progress.num_cached_tokens
         self.num_preemptions = progress.num_preemptions
         self.num_tokens += 1
         self._held.append(progress.sampled)
-        piece = ""
         if not progress.stop_token:
             check = self.num_tokens > self.request.params.min_tokens
-            piece = self._text.push(progress.sampled.token_id, check_stop=check)
+            self._held_text += self._text.push(progress.sampled.token_id, check_stop=check)
         if self._text.matched_stop is not None:
             finish = FinishReason.STOP
         elif finish is not None:
-            piece += self._text.finish()
-        if piece or finish is not None or self._every_token:
-            delta = Delta(
-                text=piece,
-                tokens=tuple(self._held),
-                finish=finish,
-                matched_stop=self._text.matched_stop,
-                prompt=None if self._prompt is None else tuple(self._prompt),
-            )
-            self._held.clear()
-            self._prompt = None
-            self._items.put_nowait(delta)
+            self._held_text += self._text.finish()
+        if finish is not None or ((self._held_text or self._every_token) and self._is_due()):
+            self._give(finish)
         return finish
 
+    def _is_due(self) -> bool:
+        if not self._interval_ns:
+            return True
+        return time.monotonic_ns() >= self._given_ns + self._interval_ns
+
+    def _give(self, finish: FinishReason | None) -> None:
+        """All that is held, as the next delta."""
+        delta = Delta(
+            text=self._held_text,
+            tokens=tuple(self._held),
+            finish=finish,
+            matched_stop=self._text.matched_stop,
+            prompt=None if self._prompt is None else tuple(self._prompt),
+        )
+        self._held.clear()
+        self._held_text = ""
+        self._prompt = None
+        if self._interval_ns:
+            self._given_ns = time.monotonic_ns()
+        self._items.put_nowait(delta)
+
     def fail(self, error: Exception) -> None:
-        """Makes the reader raise `error` after what it has been given so far."""
+        """Makes the reader raise `error` after all the text that there is."""
+        if self._held_text:
+            self._give(None)
         self._items.put_nowait(error)

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dualray.actors.completion import Completion, Weights
 from dualray.actors.engine_pausing import Pausing
 from dualray.actors.engine_state import ENDED, EngineState, States, StepGate
+from dualray.actors.error_words import error_words
 from dualray.actors.grammar_compiler import GrammarCompiler
 from dualray.actors.metrics import EngineMetrics, EngineStats
 from dualray.actors.new_request import new_request, text_of
@@ -58,6 +59,7 @@ class Engine:
         max_request_s: float,
         run_step: RunStep,
         before_step: BeforeStep | None = None,
+        stream_interval_s: float = 0.0,
     ) -> None:
         self.model_name = model_name
         self.limits = limits
@@ -69,7 +71,7 @@ class Engine:
         self._cache_counts = CacheCounts()
         self.scheduler = self._new_scheduler()
         self.grammars = GrammarCompiler(tokenizer)
-        self._max_request_s = max_request_s
+        self._max_request_s, self._stream_interval_s = max_request_s, stream_interval_s
         self._run_step, self._before_step = run_step, before_step
         self._completions: dict[str, Completion] = {}
         self._names = itertools.count(1)
@@ -186,7 +188,14 @@ class Engine:
         )
         self.scheduler.add(request)
         text = text_of(request, self.tokenizer)
-        completion = Completion(request, text, self.weights, self._cancel, every_token=every_token)
+        completion = Completion(
+            request,
+            text,
+            self.weights,
+            self._cancel,
+            every_token=every_token,
+            interval_s=self._stream_interval_s,
+        )
         completion.timer = loop.call_at(deadline, self._expire, deadline)
         self._completions[request.request_id] = completion
         self.stats.prompt_tokens += len(request.prompt_ids)
@@ -203,7 +212,7 @@ class Engine:
             await self._states.enter(EngineState.FAILED)
             self._fail_all(
                 ServerFaultError(
-                    f"the engine failed: {_first_line(error)}", hint="see the engine's log"
+                    f"the engine failed: {error_words(error)}", hint="see the engine's log"
                 )
             )
 
@@ -232,7 +241,7 @@ class Engine:
                 await self._states.enter(EngineState.FAILED)
                 self._fail_all(
                     NotServingError(
-                        f"the workers failed in step {plan.step}: {_first_line(error)}",
+                        f"the workers failed in step {plan.step}: {error_words(error)}",
                         hint="see the run's log",
                     )
                 )
@@ -288,11 +297,7 @@ class Engine:
         now = time.monotonic_ns()
         for sequences in plan.owners.values():
             for sequence in sequences:
-                completion = self._completions[sequence.request_id]
-                if completion.started_ns is None:
-                    completion.started_ns = now
-                    self.stats.num_started += 1
-                    self.stats.queued_ns += now - completion.arrived_ns
+                self.stats.note_started(self._completions[sequence.request_id], now)
 
     def _cancel(self, completion: Completion) -> None:
         self._drop(completion.request.request_id, None)
@@ -341,8 +346,3 @@ class Engine:
         self.stats.last_finished_ms = time.time_ns() // 1_000_000
         if not self._completions:
             self._idle.set()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -52,6 +52,13 @@ class EngineStats:
     first_token_unix_s: float | None = None
     """When the first token since `serve` was handed out, in seconds since the epoch."""
 
+    def note_started(self, completion: Completion, now_ns: int) -> None:
+        """A step runs the request, perhaps its first one."""
+        if completion.started_ns is None:
+            completion.started_ns = now_ns
+            self.num_started += 1
+            self.queued_ns += now_ns - completion.arrived_ns
+
 
 class EngineMetrics:
     """Counters, gauges and histograms of one engine.

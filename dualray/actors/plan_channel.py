@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dualray.actors.error_words import error_words
 from dualray.errors import RunError
 from dualray.inference.plan import StepPlan
 
@@ -112,7 +113,7 @@ class PlanDoor:
                     body = pickle.dumps((None, self._run(plan)), pickle.HIGHEST_PROTOCOL)
                 except Exception as error:
                     traceback.print_exc()  # into the worker's log
-                    body = pickle.dumps((_in_words(error), None))
+                    body = pickle.dumps((error_words(error), None))
                 connection.sendall(_HEADER.pack(len(body), step) + body)
         except OSError:
             return
@@ -242,11 +243,6 @@ def _fail(whole: asyncio.Future[list[Any]], error: RunError) -> None:
 
 def _lost_worker(rank: int) -> RunError:
     return RunError(f"worker {rank} is lost", hint="see its log")
-
-
-def _in_words(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _read(connection: socket.socket, size: int) -> bytes:

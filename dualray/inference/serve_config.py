@@ -17,6 +17,7 @@ DEFAULT_CONTEXT = 4096
 MAX_COMPILED = 16
 """Largest batch whose steps can be compiled: more tokens go to their experts in ragged groups,
 which torch.compile does not take in fp32."""
+MAX_STREAM_INTERVAL_S = 10.0
 MIN_MESSAGE_BYTES = 1024
 MAX_MESSAGE_BYTES = 2**31 - 1
 """gRPC's own largest limit."""
@@ -80,6 +81,9 @@ class ServeConfig:
     that is faster. None takes 3 if the model has MTP modules and compile_batch is 0, else 0."""
     max_waiting: int = 1024
     """Requests that may wait before new ones are refused."""
+    stream_interval_s: float = 0.0
+    """Least time in seconds between two messages of a stream but its last: tokens made within it
+    come together. 0 sends each as soon as it is made; 0.05 looks as smooth and costs less."""
     max_request_s: float = 600.0
     """Longest time in seconds that a request may take, whatever its own deadline says."""
     max_message_bytes: int = 4 * 1024 * 1024
@@ -141,6 +145,12 @@ class ServeConfig:
                 f"serve.max_step_tokens {self.max_step_tokens} is less than serve.max_batch "
                 f"{self.max_batch}, and every decoding sequence needs a token of each step",
                 hint="raise max_step_tokens or lower max_batch",
+            )
+        if not 0 <= self.stream_interval_s <= MAX_STREAM_INTERVAL_S:
+            raise ConfigError(
+                f"serve.stream_interval_s is {self.stream_interval_s} and must lie between 0 and "
+                f"{MAX_STREAM_INTERVAL_S:g}",
+                hint="leave it out to send every token at once",
             )
         if not 0 < self.max_request_s < math.inf:
             raise ConfigError(

@@ -54,6 +54,11 @@ def test_blocks_are_counted_by_the_user_if_he_likes():
             "more, or leave it out.",
         ),
         (
+            {"stream_interval_s": 11.0},
+            "serve.stream_interval_s is 11.0 and must lie between 0 and 10; leave it out to send "
+            "every token at once.",
+        ),
+        (
             {"max_request_s": 0},
             "serve.max_request_s is 0 and must be above 0; set it to a number of seconds such as "
             "600.",
