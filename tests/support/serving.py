@@ -11,6 +11,7 @@ import contextlib
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,11 @@ class Served:
 
     def call(self, coroutine: Coroutine[Any, Any, Any], timeout_s: float = 60.0) -> Any:
         """Runs a coroutine on the server's loop and waits for it."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
+        return self.begin(coroutine).result(timeout_s)
+
+    def begin(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Runs a coroutine on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def serve(self) -> None:
         self.call(self.engine.serve(WEIGHTS))
