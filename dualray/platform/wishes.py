@@ -34,7 +34,7 @@ class Wishes:
         with self._changed:
             self._stop = True
             self._changed.notify_all()
-        self.close(f"run {self._name} is stopping", "start it again with --resume")
+        self.close(f"run {self._name} is stopping", "start it again")
 
     @property
     def must_stop(self) -> bool:
