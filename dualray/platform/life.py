@@ -271,9 +271,10 @@ class Life:
         for sentence in sentences(change, has_device=has_device):
             self._note(sentence)
         target = self._serving.target
-        self._wishes.answer(
-            answer(change, step=self.steps_done, target=target, has_device=has_device)
-        )
+        said = answer(change, step=self.steps_done, target=target, has_device=has_device)
+        # Somebody may have asked for yet another mode meanwhile.
+        if self._wishes.mode == said.mode:
+            self._wishes.answer(said)
 
     def _note(self, text: str) -> None:
         self._events.append(Note(text))
