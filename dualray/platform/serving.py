@@ -14,6 +14,7 @@ from dualray.actors.cluster import NAMESPACE
 from dualray.actors.engine_actor import EngineActor
 from dualray.actors.engine_state import EngineState
 from dualray.actors.gang import Gang
+from dualray.actors.vllm_tokenizer import model_files
 from dualray.data.tokenizer import load_tokenizer
 from dualray.inference.plan import Owner
 from dualray.inference.scheduler import Limits, owners
@@ -78,7 +79,7 @@ class Serving:
         """
         if self._engine is not None:
             return
-        run = self._run
+        run, phase, text_side = self._run, self._run.phases()[-1], load_tokenizer(tokenizer)
         actor: Any = ray.remote(EngineActor)
         engine = actor.options(
             name=f"{run.name}.engine",
@@ -88,11 +89,12 @@ class Serving:
             resources=ON_HEAD_NODE,
         ).remote(
             model_name=run.name,
-            tokenizer=load_tokenizer(tokenizer),
+            tokenizer=text_side,
             owners=owners,
-            limits=self._limits(run.phases()[-1].model),
+            limits=self._limits(phase.model),
             config=run.serve,
             workers=self._gang.workers,
+            files=model_files(tokenizer, text_side, phase.model, phase.train.dtype),
         )
         try:
             listening: str = ray.get(engine.start.remote())
