@@ -59,6 +59,7 @@ class Engine:
         max_request_s: float,
         run_step: RunStep,
         before_step: BeforeStep | None = None,
+        retry_after_s: float = 30.0,
         stream_interval_s: float = 0.0,
     ) -> None:
         self.model_name = model_name
@@ -78,10 +79,10 @@ class Engine:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._states, self._gate = States(), StepGate()
+        self.states, self._gate = States(retry_after_s), StepGate()
         self.pausing = Pausing(
             model_name,
-            self._states,
+            self.states,
             self._gate,
             self._idle,
             self._completions.values,
@@ -91,7 +92,7 @@ class Engine:
 
     @property
     def state(self) -> EngineState:
-        return self._states.now
+        return self.states.now
 
     async def start(self) -> None:
         """Starts the loop. Requests are refused until `serve`."""
@@ -133,7 +134,7 @@ class Engine:
         self.weights = weights
         self.stats.first_token_unix_s = None
         self._gate.open()
-        await self._states.enter(EngineState.SERVING)
+        await self.states.enter(EngineState.SERVING)
 
     async def drain(
         self, then: EngineState = EngineState.TRAINING, within_s: float | None = None
@@ -149,11 +150,11 @@ class Engine:
                 await self._task
         self._fail_all(NotServingError("the server is stopping", hint="ask another server"))
         self.grammars.close()
-        await self._states.enter(EngineState.STOPPED)
+        await self.states.enter(EngineState.STOPPED)
 
     async def wait_for_change(self, known: EngineState) -> EngineState:
         """Returns the state as soon as it differs from `known`."""
-        return await self._states.wait_for_change(known)
+        return await self.states.wait_for_change(known)
 
     def submit(
         self,
@@ -173,7 +174,7 @@ class Engine:
             RequestError: prompt or parameters break a rule.
             NotServingError, NoWeightsError, QueueFullError: not now.
         """
-        self._states.need_serving(self.model_name)
+        self.states.need_serving(self.model_name)
         loop = asyncio.get_running_loop()
         time_left = min(self._max_request_s, math.inf if timeout_s is None else timeout_s)
         deadline = loop.time() + time_left
@@ -209,7 +210,7 @@ class Engine:
             await self._run_steps()
         except Exception as error:  # our own bug: nobody may be left waiting for it
             _log.exception("the engine failed")
-            await self._states.enter(EngineState.FAILED)
+            await self.states.enter(EngineState.FAILED)
             self._fail_all(
                 ServerFaultError(
                     f"the engine failed: {error_words(error)}", hint="see the engine's log"
@@ -238,7 +239,7 @@ class Engine:
                 results = lost.outcomes
                 self._lose(lost)
             except Exception as error:  # whatever loses a worker ends serving, not the server
-                await self._states.enter(EngineState.FAILED)
+                await self.states.enter(EngineState.FAILED)
                 self._fail_all(
                     NotServingError(
                         f"the workers failed in step {plan.step}: {error_words(error)}",

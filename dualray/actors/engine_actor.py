@@ -54,6 +54,7 @@ class EngineActor:
             owners=owners,
             limits=limits,
             max_request_s=config.max_request_s,
+            retry_after_s=config.retry_after_s,
             stream_interval_s=config.stream_interval_s,
             run_step=self._run_step,
             before_step=self._before_step,

@@ -60,6 +60,7 @@ class Pausing:
                     f"model {self._model_name} stops serving and the completion did not end "
                     f"within {within_s:g} s",
                     hint="ask another server, or again when this one serves",
+                    retry_after_s=self._states.retry_after_s,
                 )
             )
         await self._gate.wait_rest()

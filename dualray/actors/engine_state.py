@@ -33,8 +33,10 @@ ENDED = (EngineState.FAILED, EngineState.STOPPED)
 class States:
     """The present state of one engine, and who waits for another. Use from one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, retry_after_s: float = 30.0) -> None:
+        """Callers who are refused are asked to come again after `retry_after_s` seconds."""
         self.now = EngineState.NO_WEIGHTS
+        self.retry_after_s = retry_after_s
         self._changed = asyncio.Condition()
 
     async def enter(self, state: EngineState) -> None:
@@ -60,6 +62,7 @@ class States:
         raise NotServingError(
             f"model {model_name} does not serve now, it is {self.now}",
             hint="watch the health service and try again",
+            retry_after_s=self.retry_after_s,
         )
 
 

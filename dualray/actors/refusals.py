@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
+from dualray.actors.engine_state import EngineState
 from dualray.errors import RequestError
 from dualray.inference.request import (
     DeadlineError,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 Context = grpc.aio.ServicerContext
 
 _MAX_SENTENCE = 1000  # statuses travel in headers, which clients limit to 8 KiB
+_RETRY_AFTER = "retry-after"
 _log = logging.getLogger(__name__)
 
 
@@ -71,6 +74,8 @@ def sentence_of(refusal: RequestError) -> str:
 async def refuse(context: Context, error: Exception) -> NoReturn:
     """Ends the call with the status of `error`. Raises gRPC's AbortError always."""
     refusal = refusal_of(error)
+    if isinstance(refusal, NotServingError):
+        _ask_again_later(context, refusal.retry_after_s)
     await context.abort(status_of(refusal), sentence_of(refusal))
     raise AssertionError("abort raises")
 
@@ -83,4 +88,19 @@ def set_trailer(context: Context, engine: Engine) -> None:
             ("dualray-training-step", str(engine.weights.training_step)),
             ("dualray-weight-digest", engine.weights.digest),
         )
+    )
+    # At the beginning: a refusal inside a stream has no status of its own to bring it.
+    if engine.state is not EngineState.SERVING:
+        _ask_again_later(context, engine.states.retry_after_s)
+
+
+def _ask_again_later(context: Context, retry_after_s: float | None) -> None:
+    """Adds to the trailer when to come again, in seconds, and in gRPC's own way, which clients
+    with a retry policy follow. Once is enough."""
+    given = tuple(context.trailing_metadata() or ())
+    if retry_after_s is None or any(key == _RETRY_AFTER for key, _ in given):
+        return
+    seconds, milliseconds = math.ceil(retry_after_s), math.ceil(1000 * retry_after_s)
+    context.set_trailing_metadata(
+        (*given, (_RETRY_AFTER, str(seconds)), ("grpc-retry-pushback-ms", str(milliseconds)))
     )

@@ -41,6 +41,11 @@ class QueueFullError(RequestError):
 class NotServingError(RequestError):
     """The workers are training, draining or lost."""
 
+    def __init__(self, sentence: str, *, hint: str, retry_after_s: float | None = None) -> None:
+        """`retry_after_s` is when to ask again, if that may help."""
+        super().__init__(sentence, hint=hint)
+        self.retry_after_s = retry_after_s
+
 
 class NoWeightsError(RequestError):
     """Nothing has been trained or loaded yet."""
