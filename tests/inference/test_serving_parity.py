@@ -162,7 +162,9 @@ LAYOUTS = (
 
 
 # The second lot finds reused blocks, and leaves other expert ranks and directions without tokens.
-LOTS = (PROMPTS, {"alone": (5, 17, 3)})
+# Of the third each owner has several that begin alike, and read what others of that step write.
+TWINS = {f"twin {last}": (5, 17, 3, 60, 8, 9, 11, 2, 13, last) for last in range(10)}
+LOTS = (PROMPTS, {"alone": (5, 17, 3)}, TWINS)
 
 
 def train_and_serve(rank: int, ports):
