@@ -56,6 +56,7 @@ def line_of(ended: EndedRequest, decode: Decode | None = None) -> dict[str, Any]
         "code": ended.code.name,
         "n": len(ended.completions),
         "prompt_tokens": ended.num_prompt_tokens,
+        "cached_tokens": ended.num_cached_tokens,
         "output_tokens": ended.num_output_tokens,
         "finish_reason": reasons[0] if len(set(reasons)) == 1 else list(reasons) or None,
         "preemptions": ended.num_preemptions,

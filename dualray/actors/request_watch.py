@@ -90,6 +90,11 @@ class EndedRequest:
         return sum(completion.num_tokens for completion in self.completions)
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, what the prefix cache had when its first completion began."""
+        return self.completions[0].num_cached_tokens if self.completions else 0
+
+    @property
     def num_preemptions(self) -> int:
         return sum(completion.num_preemptions for completion in self.completions)
 

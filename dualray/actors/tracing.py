@@ -121,6 +121,7 @@ def attributes_of(ended: EndedRequest) -> Attributes:
         "gen_ai.request.id": ended.request_id,
         "gen_ai.response.model": ended.model,
         "gen_ai.usage.prompt_tokens": ended.num_prompt_tokens,
+        "gen_ai.usage.cached_tokens": ended.num_cached_tokens,
         "gen_ai.usage.completion_tokens": ended.num_output_tokens,
         "gen_ai.usage.num_sequences": len(ended.completions),
         "gen_ai.response.finish_reasons": list(ended.finish_reasons),

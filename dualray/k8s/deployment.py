@@ -39,6 +39,8 @@ class Deployment:
     """None for a run that does not serve."""
     engine_metrics_port: int | None = None
     """None for a run whose engine has no metrics port."""
+    engine_metrics_tls: bool = False
+    """Whether that port speaks HTTPS."""
     kubernetes: KubernetesConfig
     ray_version: str
     """Ray in the image: KubeRay chooses probes and authentication by it."""

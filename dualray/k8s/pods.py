@@ -110,6 +110,7 @@ def _pod(d: Deployment, *, head: bool, mounts_run_file: bool) -> Object:
         # Read by the scrape configuration that Prometheus' Helm chart comes with.
         meta["annotations"] = {
             "prometheus.io/scrape": "true",
+            "prometheus.io/scheme": "https" if d.engine_metrics_tls else "http",
             "prometheus.io/path": "/metrics",
             "prometheus.io/port": str(d.engine_metrics_port),
         }

@@ -68,6 +68,7 @@ def test_a_line_says_what_a_request_was_and_how_it_ended(path):
         "code": "OK",
         "n": 1,
         "prompt_tokens": 3,
+        "cached_tokens": 0,
         "output_tokens": 4,
         "finish_reason": "length",
         "preemptions": 0,
@@ -163,6 +164,18 @@ def test_cancelled_and_failed_requests_say_how_far_they_came(path):
         "UNAVAILABLE", "error", 0, None,
     ]  # fmt: skip
     assert lost["queue_s"] >= 0
+
+
+def test_a_line_says_what_the_prefix_cache_had_of_the_prompt(path):
+    with (
+        serving(security=ServeConfig(access_log=str(path))) as served,
+        channel(served.target) as opened,
+    ):
+        stub = pb_grpc.GRPCInferenceServiceStub(opened)
+        for _ in range(2):
+            stub.ModelInfer(question(b"abcdefghi"))
+    # Two whole blocks of four; the last token is run in any case.
+    assert [line["cached_tokens"] for line in lines(path)] == [0, 8]
 
 
 @pytest.mark.parametrize("prompts", [False, True])

@@ -99,6 +99,7 @@ def test_a_request_is_a_span_below_its_callers_with_its_phases_below_it(collecto
         "gen_ai.response.model": "tiny",
         "gen_ai.response.finish_reasons": ["length"],
         "gen_ai.usage.prompt_tokens": 3,
+        "gen_ai.usage.cached_tokens": 0,
         "gen_ai.usage.completion_tokens": 4,
         "gen_ai.usage.num_sequences": 1,
         "rpc.system": "grpc",

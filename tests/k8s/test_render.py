@@ -174,7 +174,14 @@ def test_the_policy_lets_in_what_must_come_in():
 def test_prometheus_finds_the_engine_in_the_head_pod_and_may_come_in():
     spec = cluster_of(SCALING)
     head = spec["headGroupSpec"]["template"]
-    assert head["metadata"]["annotations"]["prometheus.io/port"] == "9400"
+    annotations = head["metadata"]["annotations"]
+    assert (annotations["prometheus.io/port"], annotations["prometheus.io/scheme"]) == (
+        "9400",
+        "http",
+    )
+    secured = cluster_of(dataclasses.replace(SCALING, engine_metrics_tls=True))
+    annotations = secured["headGroupSpec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/scheme"] == "https"
     ports = {p["name"]: p["containerPort"] for p in head["spec"]["containers"][0]["ports"]}
     assert ports["engine-metrics"] == 9400
     assert len(set(ports.values())) == len(ports)

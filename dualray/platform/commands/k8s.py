@@ -67,6 +67,7 @@ def deployment_of(run: RunFile) -> Deployment:
         gpus_per_worker=run.cluster.gpus_per_worker,
         grpc_port=run.serve.port if run.serve.after_training else None,
         engine_metrics_port=run.serve.metrics_port if run.serve.after_training else None,
+        engine_metrics_tls=run.serve.tls_cert is not None,
         kubernetes=run.kubernetes,
         ray_version=version("ray"),
     )
