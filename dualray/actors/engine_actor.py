@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 
+from dualray.actors.admin_control import ControllerOf
+from dualray.actors.admin_server import AdminServer
 from dualray.actors.balancer import ServingBalancer
 from dualray.actors.completion import Weights
 from dualray.actors.engine import Engine, EngineState
@@ -62,6 +64,8 @@ class EngineActor:
         self._balancer: ServingBalancer | None = None
         self._loads: ExpertLoads | None = None
         self._server: InferenceServer | None = None
+        self._admin: AdminServer | None = None
+        self._admin_target: str | None = None
         self._metrics: MetricsServer | None = None
         self._metrics_url: str | None = None
 
@@ -75,6 +79,12 @@ class EngineActor:
         server = InferenceServer(self._engine, self._config, self._files)
         target = await server.start(self._config.host, self._config.port)
         self._server = server
+        if self._config.admin_port is not None:
+            control = ControllerOf(self._engine.model_name, self._moved_experts)
+            self._admin = AdminServer(self._engine, self._config, control)
+            self._admin_target = await self._admin.start(
+                self._config.admin_host, self._config.admin_port
+            )
         if self._config.metrics_port is not None:
             self._metrics = MetricsServer(self._engine.metrics.registry, self._config)
             at = await self._metrics.start(self._config.host, self._config.metrics_port)
@@ -126,7 +136,14 @@ class EngineActor:
 
     async def placement(self) -> ExpertPlacement | None:
         """Where experts are since they were last served; None if they cannot move in serving."""
+        return self._moved_experts()
+
+    def _moved_experts(self) -> ExpertPlacement | None:
         return None if self._balancer is None else self._balancer.rebalancing.placement
+
+    async def admin_target(self) -> str | None:
+        """HOST:PORT of the admin service; None without one."""
+        return self._admin_target
 
     async def stop(self, grace_s: float = 1.0) -> None:
         """Ends requests and closes the ports; the metrics' last, so that they show the end."""
@@ -134,6 +151,8 @@ class EngineActor:
         self._replicas.close()
         if self._server is not None:
             await self._server.stop(grace_s)
+        if self._admin is not None:
+            await self._admin.stop(grace_s)
         if self._metrics is not None:
             await self._metrics.stop()
 

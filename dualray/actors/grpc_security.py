@@ -13,8 +13,6 @@ from __future__ import annotations
 import hmac
 import inspect
 import secrets
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 import grpc
 
 from dualray.actors.bearer_tokens import TokenFile
+from dualray.actors.own_socket import OwnSocket
 from dualray.actors.tls_files import TlsFiles
 from dualray.inference.serve_config import ServeConfig
 
@@ -117,29 +116,32 @@ class Security:
             self._own_token = secrets.token_urlsafe(32)
             tokens = TokenFile(Path(config.tokens_file), "serve.tokens_file")
             self.interceptors = (TokenGuard(tokens, self._own_token),)
-        self._socket_folder: Path | None = None
+        self._socket: OwnSocket | None = None
 
     def listen(self, server: grpc.aio.Server, address: str) -> tuple[int, OwnAccess]:
         """Adds the port, and with TLS the run's own socket; the port found, and the own access.
 
         Raises RuntimeError if the port is taken.
         """
-        host = address.rpartition(":")[0]
+        host, port = address.rpartition(":")[0], self.add_port(server, address)
         if self._tls is None:
-            port = server.add_insecure_port(address)
             host = _LOOPBACK.get(host, host)
             return port, OwnAccess(target=f"{host}:{port}", token=self._own_token)
-        port = server.add_secure_port(address, self._tls.credentials())
-        # In /tmp and nowhere else: a socket's path may have 107 bytes. mkdtemp's mode is 0700.
-        self._socket_folder = Path(tempfile.mkdtemp(prefix="dualray-", dir="/tmp"))
-        own = f"unix:{self._socket_folder / 'grpc'}"
+        self._socket = OwnSocket()
+        own = f"unix:{self._socket.path}"
         server.add_insecure_port(own)
         return port, OwnAccess(target=own, token=self._own_token)
 
+    def add_port(self, server: grpc.aio.Server, address: str) -> int:
+        """Adds the port and nothing else; returns it. Raises RuntimeError if it is taken."""
+        if self._tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, self._tls.credentials())
+
     def close(self) -> None:
         """Removes the run's own socket."""
-        if self._socket_folder is not None:
-            shutil.rmtree(self._socket_folder, ignore_errors=True)
+        if self._socket is not None:
+            self._socket.close()
 
 
 def _bearer(metadata: Any) -> str | None:

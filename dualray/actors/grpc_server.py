@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Mapping
 
 import grpc
@@ -16,23 +15,14 @@ from dualray.actors.engine import Engine, EngineState
 from dualray.actors.grpc_malformed import RefuseMalformed
 from dualray.actors.grpc_security import OwnAccess, Security
 from dualray.actors.grpc_service import SERVICE, InferenceService
+from dualray.actors.listening import SERVER_OPTIONS, address_of, check_free, taken
 from dualray.actors.request_records import RequestRecords
 from dualray.actors.vllm_service import VLLM_SERVICE, VllmService
-from dualray.errors import ResourceError
 from dualray.inference.serve_config import ServeConfig
 from dualray.proto import inference_pb2_grpc as pb_grpc
 
 SERVICES = (SERVICE, VLLM_SERVICE)
 """What the port serves; their health follows the engine's state."""
-
-SERVER_OPTIONS = (
-    # Two servers on one port would split the requests between them unnoticed.
-    ("grpc.so_reuseport", 0),
-    # Clients ping idle streams; the default policy would end their connections for it.
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
 
 
 class InferenceServer:
@@ -81,18 +71,18 @@ class InferenceServer:
         Raises:
             ResourceError: the port is taken or the host is not this machine's.
         """
-        address = f"[{host}]" if ":" in host else host
-        _check_free(host, port)
+        check_free(host, port)
         try:
-            port, self._own_access = self._security.listen(self._server, f"{address}:{port}")
+            address = address_of(host, port)
+            port, self._own_access = self._security.listen(self._server, address)
         except RuntimeError as error:  # taken since the check
-            raise _taken(host, port) from error
+            raise taken(host, port) from error
         # "" says that the process answers, the service's name whether it takes requests.
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._set_health(self._engine.state)
         await self._server.start()
         self._watch = asyncio.create_task(self._follow_engine(), name="health")
-        return f"{address}:{port}"
+        return address_of(host, port)
 
     @property
     def own_access(self) -> OwnAccess:
@@ -124,28 +114,3 @@ class InferenceServer:
         status = health_pb2.HealthCheckResponse
         for name in SERVICES:
             await self._health.set(name, status.SERVING if served else status.NOT_SERVING)
-
-
-def _check_free(host: str, port: int) -> None:
-    """Binds and lets go: gRPC's own failure prints lines of C++ log and no reason."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen()
-        except socket.gaierror as error:
-            raise ResourceError(
-                f"serve.host is {host} and no address is known for it",
-                hint="use 127.0.0.1, or 0.0.0.0 for all addresses of this machine",
-            ) from error
-        except OSError as error:
-            raise _taken(host, port) from error
-
-
-def _taken(host: str, port: int) -> ResourceError:
-    return ResourceError(
-        f"serve.port is {port} and {host}:{port} cannot be listened on, it is taken by another "
-        "process or not this machine's",
-        hint="choose another serve.port, or 0 for a free one",
-    )

@@ -17,6 +17,7 @@ from ray.util.placement_group import PlacementGroup
 
 from dualray.actors.cluster import Connection
 from dualray.actors.gang import Gang, WorkerLostError
+from dualray.actors.mode_answer import ModeAnswer, Refusal
 from dualray.actors.stage_worker import WorkerSpec
 from dualray.checkpoint.attached_files import restore_files
 from dualray.checkpoint.reader import Reader
@@ -24,12 +25,13 @@ from dualray.data.dataset import TokenDataset
 from dualray.errors import DualrayError
 from dualray.parallel.nodes import NodeMap
 from dualray.parallel.phases import phase_at
+from dualray.parallel.slots import ExpertPlacement
 from dualray.platform.assignment import Assignment
 from dualray.platform.events import Event, EventLog, Note, StateChange
 from dualray.platform.expert_moves import refuse_too_many_copies
 from dualray.platform.life import Life
 from dualray.platform.metrics_log import MetricsLog
-from dualray.platform.modes import ModeAnswer, Refusal, mode_of
+from dualray.platform.modes import mode_of
 from dualray.platform.run_file import to_mapping
 from dualray.platform.scheduling.choice import phase_with, start_of
 from dualray.platform.serving import Serving, owners_of
@@ -61,6 +63,7 @@ class Controller:
         self._gang: Gang | None = None
         self._serving: Serving | None = None
         self._training: Training | None = None
+        self._life: Life | None = None
         self._log: MetricsLog | None = None
         self._run_id = uuid.uuid4().hex[:12]
 
@@ -83,7 +86,16 @@ class Controller:
     def status(self) -> dict[str, Any]:
         """What `dualray status` shows."""
         done = self._a.first_step if self._training is None else self._training.steps_done
-        return self._snapshot() | {"step": done, "steps": self._phases[-1].end_step}
+        mode = None if self._life is None else self._life.mode
+        return self._snapshot() | {
+            "mode": str(mode or ""),
+            "step": done,
+            "steps": self._phases[-1].end_step,
+        }
+
+    def placement(self) -> ExpertPlacement:
+        """Where experts are, but for what has moved them since the run began to serve."""
+        return self._placement if self._life is None else self._life.placement
 
     def run(self) -> None:
         """The whole life of the run; errors become the final state's reason."""
@@ -124,7 +136,8 @@ class Controller:
         if self._wishes.must_stop:
             self._enter(RunState.STOPPING)
         else:
-            self._life(gang, serving).live()
+            self._life = self._begun(gang, serving)
+            self._life.live()
 
     def _spec(self) -> WorkerSpec:
         run = self._a.run
@@ -151,7 +164,7 @@ class Controller:
             restore_files(Reader(self._a.restore_from), "tokenizer", folder)
         return folder
 
-    def _life(self, gang: Gang, serving: Serving) -> Life:
+    def _begun(self, gang: Gang, serving: Serving) -> Life:
         """What the run does now that its workers have started; training begins a new log."""
         run, first_step = self._a.run, self._a.first_step
         if self._a.trains:
@@ -240,6 +253,7 @@ class Controller:
             "state": str(self._state),
             "address": self._connection.address,
             "target": self._target,
+            "admin": None if self._serving is None else self._serving.admin_target,
             "workers": [{"rank": i.rank, "pid": i.pid, "node": i.node} for i in infos],
         }
 

@@ -13,6 +13,7 @@ from ray.exceptions import RayTaskError
 
 from dualray.actors.engine_state import EngineState
 from dualray.actors.gang import Gang
+from dualray.actors.mode_answer import Refusal
 from dualray.data.dataset import TokenDataset
 from dualray.data.yardsticks import yardsticks
 from dualray.errors import DualrayError
@@ -28,7 +29,7 @@ from dualray.platform.expert_moves import rebalancing_of
 from dualray.platform.metrics import BackToTraining, ModeChange, Paused, Switch, Yardsticks
 from dualray.platform.metrics_log import MetricsLog
 from dualray.platform.mode_words import answer, sentences
-from dualray.platform.modes import Mode, Refusal, Situation, already, must_switch
+from dualray.platform.modes import Mode, Situation, already, must_switch
 from dualray.platform.optimizer_place import OptimizerPlace
 from dualray.platform.scheduling.choice import Choice, Start
 from dualray.platform.serving import Left, Serving, owners_of
@@ -279,6 +280,11 @@ class Life:
     def _note(self, text: str) -> None:
         self._events.append(Note(text))
 
+    @property
+    def placement(self) -> ExpertPlacement:
+        """Where experts are, but for what has moved them since the run began to serve."""
+        return self._placement if self._training is None else self._training.experts.placement
+
     def _found_at(self, placement: ExpertPlacement | None) -> None:
         """Experts may have moved while the run served."""
         if placement is None:
@@ -300,12 +306,12 @@ class Life:
         """What lets experts move while they serve, from where they are now."""
         if not self._run.experts.serve_rebalance_every:
             return None
-        trained, (layout, choice) = self._training, self._present()
+        layout, choice = self._present()
         return rebalancing_of(
             self._run,
             layout,
             make_schedule(layout.schedule, layout.pipeline, choice.micro_batches),
-            self._placement if trained is None else trained.experts.placement,
+            self.placement,
             self._nodes,
             trains=False,
             has_state=self._optimizer is not None and not self._optimizer.is_dropped,

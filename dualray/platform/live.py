@@ -11,9 +11,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from dualray.actors.cluster import NAMESPACE, answers, attach
+from dualray.actors.mode_answer import ModeAnswer, Refusal
 from dualray.errors import RunError
 from dualray.platform.folder import RunFolder
-from dualray.platform.modes import Mode, ModeAnswer, Refusal
+from dualray.platform.modes import Mode
 from dualray.platform.states import RunState
 
 LOST = "lost"

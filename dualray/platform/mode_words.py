@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dualray.actors.mode_answer import ModeAnswer
 from dualray.platform.metrics import BackToTraining, ModeChange, Paused, Switch
-from dualray.platform.modes import Mode, ModeAnswer
+from dualray.platform.modes import Mode
 
 
 def sentences(change: ModeChange, *, has_device: bool = True) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from enum import StrEnum
 
+from dualray.actors.mode_answer import ModeAnswer
 from dualray.errors import ConfigError, RunError
 
 
@@ -36,50 +37,6 @@ class Situation:
     """Replicas whose workers have died while others serve."""
     lacks_checkpoint: bool = False
     """Optimizer state was dropped, and no committed checkpoint has that of the step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModeAnswer:
-    """What became of a request for a mode. Plain values: it travels between processes."""
-
-    mode: str
-    """The one that the run is in now."""
-    switched: bool
-    """False if it was in that mode already."""
-    step: int
-    """Optimizer steps done."""
-    sentences: tuple[str, ...]
-    """What happened, for a person."""
-    came_from: str | None = None
-    """The mode before the switch."""
-    target: str | None = None
-    """HOST:PORT at which the run serves now."""
-    first_token_s: float | None = None
-    """Seconds from the last optimizer step, or from the end of a pause, to the first token."""
-    first_step_s: float | None = None
-    """Seconds from when the workers were free to the end of the first optimizer step."""
-    drain_s: float | None = None
-    """Seconds in which accepted requests ended."""
-    num_cut: int = 0
-    """Accepted requests that did not end in time."""
-    optimizer: str | None = None
-    """Where optimizer state is: keep, park or drop."""
-    kept_bytes: tuple[int, ...] = ()
-    """Optimizer state that stays where training uses it, by worker."""
-    parked_bytes: tuple[int, ...] = ()
-    dropped_bytes: tuple[int, ...] = ()
-    gradient_bytes: tuple[int, ...] = ()
-    """Gradient buffers that were given back, by worker."""
-    cache_bytes: tuple[int, ...] = ()
-    """Latent cache, by worker."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """Why a run does not switch."""
-
-    sentence: str
-    hint: str
 
 
 def mode_of(text: str) -> Mode:

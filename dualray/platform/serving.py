@@ -71,6 +71,8 @@ class Serving:
         """HOST:PORT on which the engine listens."""
         self.metrics: str | None = None
         """Where Prometheus finds its metrics, if the run shows them."""
+        self.admin_target: str | None = None
+        """HOST:PORT of its admin service, if it has one."""
 
     def listen(self, tokenizer: Path, owners: Sequence[Owner]) -> None:
         """Start the engine, which refuses requests for now; nothing happens if it is there.
@@ -101,11 +103,15 @@ class Serving:
             metrics: str | None = None
             if run.serve.metrics_port is not None:
                 metrics = ray.get(engine.metrics_url.remote())
+            admin: str | None = ray.get(engine.admin_target.remote())
         except Exception:
             ray.kill(engine)
             raise
         self._engine = engine
         self.target = _reached(listening)
+        if admin is not None:
+            self.admin_target = _reached(admin)
+            self._events.append(Note(f"admin service at {self.admin_target}"))
         if metrics is not None:
             scheme, _, at = metrics.partition("://")
             at, slash, path = at.partition("/")

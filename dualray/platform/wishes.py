@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from dualray.actors.mode_answer import ModeAnswer, Refusal
 from dualray.errors import RunError
-from dualray.platform.modes import Mode, ModeAnswer, Refusal
+from dualray.platform.modes import Mode
 
 
 @dataclass

@@ -13,11 +13,11 @@ from ray.exceptions import RayTaskError
 from support.fake_run import FakeGang, FakeRay, controller_of, install, states_of
 from support.runs import losses_of, make_corpus, metrics_of
 
+from dualray.actors.mode_answer import ModeAnswer, Refusal
 from dualray.checkpoint.store import find
 from dualray.errors import ResourceError
 from dualray.platform.controller import Controller
 from dualray.platform.folder import RunFolder
-from dualray.platform.modes import ModeAnswer, Refusal
 
 SERVED = ["put_state_away", "start_serving", "digest", "cache_bytes"]
 

@@ -7,18 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from dualray.actors.mode_answer import ModeAnswer, Refusal
 from dualray.errors import ConfigError, RunError
 from dualray.platform.metrics import BackToTraining, Paused, Switch
 from dualray.platform.mode_words import answer, sentences, size
-from dualray.platform.modes import (
-    Mode,
-    ModeAnswer,
-    Refusal,
-    Situation,
-    already,
-    mode_of,
-    must_switch,
-)
+from dualray.platform.modes import Mode, Situation, already, mode_of, must_switch
 from dualray.platform.wishes import Wishes
 
 SERVES = Situation(name="demo", mode=Mode.SERVE, trains=True, steps_done=3, end_step=9)

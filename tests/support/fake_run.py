@@ -117,7 +117,7 @@ class FakeRay:
 
         methods = {"start": start, "serve": lambda *_: None, "stop": lambda: None}
         methods |= {"migrations": lambda: [], "placement": lambda: None}
-        methods |= {"drain": self.drain}
+        methods |= {"drain": self.drain, "admin_target": lambda: None}
         methods |= {"own_access": lambda: OwnAccess(target="127.0.0.1:5", token=None)}
         handle = SimpleNamespace(
             **{name: SimpleNamespace(remote=method) for name, method in methods.items()}

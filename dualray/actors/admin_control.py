@@ -1,0 +1,59 @@
+"""What the admin service asks of the run around the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+
+from dualray.actors.cluster import NAMESPACE
+from dualray.actors.mode_answer import ModeAnswer, Refusal
+from dualray.parallel.slots import ExpertPlacement
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """What a run is doing."""
+
+    mode: str
+    """train, serve or pause; empty while it starts or stops."""
+    state: str
+    step: int
+    """Optimizer steps done."""
+
+
+class RunControl(Protocol):
+    """The run that an engine belongs to."""
+
+    async def switch(self, mode: str) -> ModeAnswer | Refusal:
+        """Returns when the run is in that mode, or will not be."""
+        ...
+
+    async def status(self) -> RunStatus: ...
+
+    async def placement(self) -> ExpertPlacement:
+        """Where routed experts are at present."""
+        ...
+
+
+class ControllerOf:
+    """`RunControl` over the controller of a run of that name, an actor of the same cluster."""
+
+    def __init__(self, run_name: str, moved: Callable[[], ExpertPlacement | None]) -> None:
+        """`moved` says where experts are if it is the engine that moves them."""
+        self._name, self._moved = f"{run_name}.controller", moved
+
+    async def switch(self, mode: str) -> ModeAnswer | Refusal:
+        return await self._controller().switch.remote(mode)
+
+    async def status(self) -> RunStatus:
+        status: dict[str, Any] = await self._controller().status.remote()
+        return RunStatus(mode=status["mode"], state=status["state"], step=status["step"])
+
+    async def placement(self) -> ExpertPlacement:
+        return self._moved() or await self._controller().placement.remote()
+
+    def _controller(self) -> Any:
+        return ray.get_actor(self._name, namespace=NAMESPACE)
