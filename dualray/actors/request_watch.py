@@ -144,20 +144,19 @@ class RequestWatch:
             error = raised
             raise
         finally:
-            code = _code_of(error, context)
-            self._tell(self._ended(method, watched, context, code, error, arrived_ns))
+            self._tell(method, watched, context, _code_of(error, context), error, arrived_ns)
 
     def call_ended(self, method: str, code: grpc.StatusCode, context: Context) -> None:
         """A call has ended, whatever it was. Tells of those that were refused before they became
-        a request: by their token, their size or their form."""
+        a request, by their token or their form. Those that gRPC itself refuses, for their size or
+        number, never come here."""
         was_request = id(context) in self._seen
         self._seen.discard(id(context))
         refused = method in REQUEST_METHODS and not was_request and code not in _NO_REFUSAL
         if self._observers and (refused or code in STRANGERS):
-            now_ns = time.monotonic_ns()
-            self._tell(self._ended(method, Watched(""), context, code, None, now_ns))
+            self._tell(method, Watched(""), context, code, None, time.monotonic_ns())
 
-    def _ended(
+    def _tell(
         self,
         method: str,
         watched: Watched,
@@ -165,33 +164,35 @@ class RequestWatch:
         code: grpc.StatusCode,
         error: BaseException | None,
         arrived_ns: int,
-    ) -> EndedRequest:
+    ) -> None:
         completions = tuple(watched.completions)
         request_id = watched.request_id
         if not request_id and completions:
             request_id = completions[0].request.request_id
-        metadata = {k: v for k, v in context.invocation_metadata() or () if k in _TRACE_HEADERS}
-        return EndedRequest(
-            method=method,
-            peer=urllib.parse.unquote(context.peer()),
-            request_id=request_id[:_MAX_ID],
-            model=self._engine.model_name,
-            weights=completions[0].weights if completions else self._engine.weights,
-            code=code,
-            refused_field=error.field if isinstance(error, RequestError) else None,
-            completions=completions,
-            arrived_ns=arrived_ns,
-            ended_ns=time.monotonic_ns(),
-            ended_unix_ns=time.time_ns(),
-            trace_headers={k: v for k, v in metadata.items() if isinstance(v, str)},
-        )
-
-    def _tell(self, ended: EndedRequest) -> None:
-        for observe in self._observers:
-            try:
+        try:
+            ended = EndedRequest(
+                method=method,
+                peer=urllib.parse.unquote(context.peer()),
+                request_id=request_id[:_MAX_ID],
+                model=self._engine.model_name,
+                weights=completions[0].weights if completions else self._engine.weights,
+                code=code,
+                refused_field=error.field if isinstance(error, RequestError) else None,
+                completions=completions,
+                arrived_ns=arrived_ns,
+                ended_ns=time.monotonic_ns(),
+                ended_unix_ns=time.time_ns(),
+                trace_headers=_trace_headers(context),
+            )
+            for observe in self._observers:
                 observe(ended)
-            except Exception:  # books must not keep a request from ending
-                _log.exception("a request's end could not be recorded")
+        except Exception:  # books must not keep a request from ending
+            _log.exception("a request's end could not be recorded")
+
+
+def _trace_headers(context: Any) -> dict[str, str]:
+    metadata = context.invocation_metadata() or ()
+    return {k: v for k, v in metadata if k in _TRACE_HEADERS and isinstance(v, str)}
 
 
 def _code_of(error: BaseException | None, context: Any) -> grpc.StatusCode:
