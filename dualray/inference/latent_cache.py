@@ -174,11 +174,16 @@ def _single_rows(
 
 
 class PagedAttention:
-    """Attention backend of serving: writes this step's rows, attends over the cache."""
+    """Attention backend of serving: writes this step's rows, attends over the cache.
 
-    def __init__(self, cache: LatentCache, batch: PagedBatch) -> None:
+    With `aligned` queries are copied to where a new tensor begins: products may round otherwise
+    at another place in memory.
+    """
+
+    def __init__(self, cache: LatentCache, batch: PagedBatch, *, aligned: bool = False) -> None:
         self._cache = cache
         self._batch = batch
+        self._aligned = aligned
 
     def attend(self, query: AttentionQuery, ctx: ForwardContext) -> Tensor:
         batch = self._batch
@@ -198,6 +203,8 @@ class PagedAttention:
             else:
                 keys, values = (t.index_select(2, part.where) for t in (k_1GNk, v_1GNc))
             q_part = q_TGRk[part.start : part.stop]
+            if self._aligned:
+                q_part = q_part.clone()
             outs.append(_attend_part(q_part, keys, values, part, query.softmax_scale))
         if not outs:
             outs.append(q_TGRk.new_empty(*q_TGRk.shape[:3], v_1GNc.shape[-1]))
