@@ -7,30 +7,26 @@ ones, D model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dualray.inference.plan import PromptScored, Sampled, SequencePlan
 from dualray.inference.sampler import report
-from dualray.inference.scoring import LOGITS_BUDGET
-from dualray.model.context import ForwardContext
-from dualray.model.stage import Stage
 
 
 def score_prompts(
-    stage: Stage,
-    hidden_TD: Tensor,
-    ctx: ForwardContext,
+    head: Callable[[Tensor], Tensor],
+    normed_TD: Tensor,
     sequences: Sequence[SequencePlan],
     *,
-    logits_budget: int = LOGITS_BUDGET,
+    rows_at_once: int,
 ) -> list[PromptScored]:
-    """Scores the prompt tokens that the sequences ask for; `stage` is the last one.
+    """Scores the prompt tokens that the sequences ask for; `head` makes logits of rows.
 
-    `hidden_TD` are its layers' outputs of all T rows. Softmax is computed in fp32 at least, over
-    `logits_budget` values at once.
+    `normed_TD` are the last stage's normalised outputs of all T rows, or more. Softmax is computed
+    in fp32 at least.
     """
     rows: list[int] = []
     targets: list[int] = []
@@ -45,11 +41,10 @@ def score_prompts(
         start += len(sequence.ids)
     if not rows:
         return []
-    size = max(1, logits_budget // stage.config.vocab_size)
     told: list[Sampled] = []
-    for first in range(0, len(rows), size):
-        part = slice(first, first + size)
-        logits_NV = stage.logits(hidden_TD[rows[part]], ctx)
+    for first in range(0, len(rows), rows_at_once):
+        part = slice(first, first + rows_at_once)
+        logits_NV = head(normed_TD[rows[part]])
         compute = torch.promote_types(logits_NV.dtype, torch.float32)
         logprobs_NV = torch.log_softmax(logits_NV, dim=-1, dtype=compute)
         targets_N = torch.tensor(targets[part], device=logits_NV.device)

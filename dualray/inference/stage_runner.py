@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dualray.inference.batch_invariant import ROWS, RealRowsDispatch, one_row_each, pad_rows
 from dualray.inference.compiled_decode import CompiledDecode
 from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBatch
 from dualray.inference.plan import PromptScored, Sampled, SampleSpec, SequencePlan
 from dualray.inference.prompt_scores import score_prompts
 from dualray.inference.sampler import sample
+from dualray.inference.scoring import LOGITS_BUDGET
 from dualray.inference.speculative import Drafter, accepted, row_by_row
 from dualray.model.context import ExpertDispatch, ForwardContext, RoutingTape
 from dualray.model.stage import Stage
@@ -36,7 +38,8 @@ class StageRunner:
     `dispatch` is the direction's own. A stage that gets no sequences still runs its layers
     on zero tokens: the other expert ranks wait for it in every exchange. Steps that run up to
     `compile_batch` rows, each of which chooses a token, are compiled here, once, which takes
-    minutes; 0 for none. With `drafts` a last stage also caches what its MTP modules need.
+    minutes; 0 for none. With `drafts` a last stage also caches what its MTP modules need. With
+    `invariant` a request gets the same bits whatever runs beside it (`batch_invariant`).
     """
 
     def __init__(
@@ -48,15 +51,18 @@ class StageRunner:
         block_size: int,
         compile_batch: int = 0,
         drafts: bool = False,
+        invariant: bool = False,
     ) -> None:
+        assert not (compile_batch and invariant), "a compiled step has few rows"
         weight = stage.get_parameter(f"layers.{stage.layer_range.start}.self_attn.o_proj.weight")
         self.stage = stage
         self.device, self.dtype = weight.device, weight.dtype
         self._dispatch = dispatch
+        self._invariant, self._padding_block = invariant, num_blocks
         mtp = [module.layer for module in stage.mtp_modules()] if drafts and stage.is_last else []
         self.cache = LatentCache(
             [*stage.layer_range, *mtp],
-            num_blocks=num_blocks + (compile_batch > 0),
+            num_blocks=num_blocks + (compile_batch > 0 or invariant),
             block_size=block_size,
             row_dim=stage.config.cache_dim,
             dtype=self.dtype,
@@ -93,27 +99,51 @@ class StageRunner:
                 return StageOutput(hidden_TD=out, sampled=[], scored=[])
             sampled = self._say(out, sequences, draft_passes)
             return StageOutput(hidden_TD=out, sampled=sampled, scored=[])
-        # Where starting a kernel is dear, rows that attend in one call; else fewer, larger calls.
-        split = sequences if self.device.type == "cpu" else apart
-        batch = PagedBatch.build(split, self.cache.block_size, self.device)
-        ctx = ForwardContext(
-            positions_T=batch.positions_T,
-            seq_lens=batch.seq_lens,
-            attention=PagedAttention(self.cache, batch),
-            dispatch=self._dispatch,
-            tape=tape,
-        )
+        num_rows = sum(len(sequence.ids) for sequence in sequences)
+        split, ctx = self._context(sequences, apart, num_rows, tape)
         if self.stage.is_first:
-            ids = [token for sequence in sequences for token in sequence.ids]
+            ids = [token for sequence in split for token in sequence.ids]
             ids_T = torch.tensor(ids, dtype=torch.int64, device=self.device)
             hidden_TD = self.stage.embed(ids_T, ctx)
         assert hidden_TD is not None, "only the first stage has no input"
-        hidden_TD = self.stage(hidden_TD, ctx)
+        hidden_TD = self.stage(pad_rows(hidden_TD) if self._invariant else hidden_TD, ctx)
         if not self.stage.is_last:
-            return StageOutput(hidden_TD=hidden_TD, sampled=[], scored=[])
-        scored = score_prompts(self.stage, hidden_TD, ctx, sequences)
-        sampled = self._say(self.stage.norm(hidden_TD), sequences, draft_passes)
-        return StageOutput(hidden_TD=hidden_TD, sampled=sampled, scored=scored)
+            return StageOutput(hidden_TD=hidden_TD[:num_rows], sampled=[], scored=[])
+        normed_TD = self.stage.norm(hidden_TD)
+        at_once = max(ROWS, LOGITS_BUDGET // self.stage.config.vocab_size)
+        scored = score_prompts(self._head, normed_TD, sequences, rows_at_once=at_once)
+        sampled = self._say(normed_TD, sequences, draft_passes)
+        return StageOutput(hidden_TD=hidden_TD[:num_rows], sampled=sampled, scored=scored)
+
+    def _context(
+        self,
+        sequences: Sequence[SequencePlan],
+        apart: Sequence[SequencePlan],
+        num_rows: int,
+        tape: RoutingTape | None,
+    ) -> tuple[Sequence[SequencePlan], ForwardContext]:
+        """The rows as they attend, padding included, and what the layers are told of them."""
+        # Where starting a kernel is dear, rows that attend in one call; else fewer, larger calls.
+        split = sequences if self.device.type == "cpu" else apart
+        together, dispatch = None, self._dispatch
+        if self._invariant:
+            split, together = one_row_each(sequences, self._padding_block), False
+            dispatch = RealRowsDispatch(dispatch, num_rows)
+        batch = PagedBatch.build(split, self.cache.block_size, self.device, together=together)
+        ctx = ForwardContext(
+            positions_T=batch.positions_T,
+            seq_lens=batch.seq_lens,
+            attention=PagedAttention(self.cache, batch, aligned=self._invariant),
+            dispatch=dispatch,
+            tape=tape,
+        )
+        return split, ctx
+
+    def _head(self, normed_ND: Tensor) -> Tensor:
+        """Logits (N, vocab)."""
+        if not self._invariant:
+            return self.stage.head(normed_ND)
+        return self.stage.head(pad_rows(normed_ND))[: len(normed_ND)]
 
     def _say(
         self, normed_TD: Tensor, sequences: Sequence[SequencePlan], draft_passes: int
@@ -122,7 +152,12 @@ class StageRunner:
         ends, asked = _asked(sequences)
         sampled: list[Sampled] = []
         if asked:
-            sampled = sample(self.stage.head(normed_TD[ends]), asked)
+            logits_BV = self._head(normed_TD[ends])
+            if self._invariant:
+                parts = [sample(logits_BV[i : i + 1], [how]) for i, how in enumerate(asked)]
+                sampled = [token for part in parts for token in part]
+            else:
+                sampled = sample(logits_BV, asked)
         tokens = accepted(sequences, sampled)
         if draft_passes:
             assert self._drafter is not None, "the plan asks for drafts, which are switched off"

@@ -81,6 +81,8 @@ class Routing:
     experts_TK: Tensor
     gates_TK: Tensor
     scores_TE: Tensor
+    row_multiple: int | None = None
+    """What every expert's rows are padded to a multiple of; None for what is fastest."""
 
 
 class ExpertDispatch(Protocol):

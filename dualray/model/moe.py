@@ -100,6 +100,7 @@ class LocalDispatch:
         num_rows = routing.experts_TK.numel()
         if (
             not torch.is_grad_enabled()
+            and routing.row_multiple is None
             and equal_groups_pay(x_TD)
             and 0 < len(x_TD) <= _FEW_TOKENS
             and num_rows >= self.num_experts
@@ -108,7 +109,7 @@ class LocalDispatch:
         order, inverse, rows = sort_by_key(
             routing.experts_TK.flatten(),
             self.num_experts,
-            row_multiple(x_TD, num_rows // self.num_experts),
+            routing.row_multiple or row_multiple(x_TD, num_rows // self.num_experts),
         )
         return Dispatched(
             rows_ND=replicate(x_TD, order, inverse),

@@ -107,7 +107,7 @@ class AllToAllDispatch:
         note_rows(self._rows, layer, counts_Rs.sum(0))
         rows_MD = self._exchange(rows_ND, receive, send, self._ways, f"dispatch {layer}")
         runs = torch.arange(ranks * slots, device=x_TD.device)
-        multiple = row_multiple(x_TD, len(rows_MD) // slots)
+        multiple = routing.row_multiple or row_multiple(x_TD, len(rows_MD) // slots)
         order, inverse_M, rows = into_slots(counts_Rs, runs, len(rows_MD), multiple)
         return Dispatched(
             rows_ND=permute(rows_MD, order, inverse_M),

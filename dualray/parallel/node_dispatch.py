@@ -81,7 +81,7 @@ class NodeLimitedDispatch:
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> Dispatched:
         table = self._tables[layer]
         slot_TK = table.slots.choose(routing.experts_TK, self._rank)
-        route = Route(layer, table, slot_TK)
+        route = Route(layer, table, slot_TK, routing.row_multiple)
         rows_ND, gates_MK, rows_s = _Dispatch.apply(x_TD, routing.gates_TK, route, self)
         return Dispatched(
             rows_ND=rows_ND,
@@ -101,7 +101,7 @@ class NodeLimitedDispatch:
         route.splits, rows_Rs = table.splits(rows_n, rows_R, heard)
         note_rows(self._rows, route.layer, rows_Rs.sum(0))
         num_rows = sum(route.splits.receive_within)
-        multiple = row_multiple(x_TD, num_rows // table.num_slots)
+        multiple = route.row_multiple or row_multiple(x_TD, num_rows // table.num_slots)
         route.order, route.inverse_N, rows_s = into_slots(rows_Rs, table.runs, num_rows, multiple)
         return rows_s
 

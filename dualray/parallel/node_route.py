@@ -80,10 +80,13 @@ class Route:
     order: Tensor
     inverse_N: Tensor
 
-    def __init__(self, layer: int, table: NodeTable, slot_TK: Tensor) -> None:
+    def __init__(
+        self, layer: int, table: NodeTable, slot_TK: Tensor, row_multiple: int | None = None
+    ) -> None:
         self.layer = layer
         self.table = table
         self.slot_TK = slot_TK
+        self.row_multiple = row_multiple
 
 
 def _true(mask: Tensor, count: int) -> Tensor:
