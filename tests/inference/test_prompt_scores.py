@@ -118,12 +118,10 @@ def test_logits_of_a_few_rows_at_a_time_give_the_same():
         samples=(),
         prompt=PromptSpec(targets=tuple(ids[1:]), logprobs=2),
     )
-    batch = runner(stage)
-    hidden = batch.run([plan], None).hidden_TD
-    _, _, ctx = run_pack(stage, [ids])
     with torch.no_grad():
-        (whole,) = score_prompts(stage, hidden, ctx, [plan])
-        (parts,) = score_prompts(stage, hidden, ctx, [plan], logits_budget=3 * CONFIG.vocab_size)
+        normed = stage.norm(runner(stage).run([plan], None).hidden_TD)
+        (whole,) = score_prompts(stage.head, normed, [plan], rows_at_once=100)
+        (parts,) = score_prompts(stage.head, normed, [plan], rows_at_once=3)
     assert [t.token_id for t in parts.tokens] == ids[1:]
     for one, other in zip(whole.tokens, parts.tokens):
         # A product of three rows may round otherwise than one of ten.
