@@ -88,7 +88,8 @@ class Pausing:
         else:
             self._gate.open()
             await self._until_idle_or_not_held()
-        await self._gate.wait_rest()
+        if self._states.now is EngineState.HELD:
+            await self._gate.wait_rest()
         return len(accepted)
 
     async def go_on(self) -> None:
