@@ -222,7 +222,9 @@ class StageWorker:
             total += digest.intdigest()
         return total
 
-    def start_serving(self, limits: Limits, compile_batch: int) -> WorkerInfo:
+    def start_serving(
+        self, limits: Limits, compile_batch: int, batch_invariant: bool = False
+    ) -> WorkerInfo:
         """Take a latent cache beside the weights that training left; nothing is copied."""
         trainer = self.trainer
         if self.spec.experts.serve_rebalance_every:
@@ -235,6 +237,7 @@ class StageWorker:
                 block_size=limits.block_size,
                 compile_batch=compile_batch,
                 drafts=limits.draft_tokens > 0,
+                invariant=batch_invariant,
             )
             for direction, stage in enumerate(trainer.schedule.stage_of[trainer.at.pipeline])
         }

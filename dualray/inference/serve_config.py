@@ -75,6 +75,9 @@ class ServeConfig:
     compile_batch: int = 0
     """Largest batch whose decode steps torch.compile prepares when serving starts, at up to a
     minute for each power of two up to it; at most 16, 0 for none. Faster for small batches."""
+    batch_invariant: bool = False
+    """Give a request the same tokens and log-probabilities, to the last bit, whatever runs beside
+    it. Slower, long prompts above all; on CPUs as many torch threads give the same bits."""
     draft_tokens: int | None = None
     """Most tokens that the model's MTP modules draft behind a sequence in a step, 0 to 8; what the
     model itself would say is kept of them, so that only the time changes. Fewer are drafted where
@@ -118,6 +121,12 @@ class ServeConfig:
             raise ConfigError(
                 f"serve.compile_batch is {self.compile_batch} and must be at most {MAX_COMPILED}",
                 hint=f"set serve.compile_batch to {MAX_COMPILED}; larger steps are not compiled",
+            )
+        if self.compile_batch and self.batch_invariant:
+            raise ConfigError(
+                f"serve.compile_batch is {self.compile_batch} and serve.batch_invariant is true, "
+                "but the bits of a compiled step depend on its batch",
+                hint="set one of the two",
             )
         if not 0 <= self.port <= 65535:
             raise ConfigError(

@@ -132,7 +132,8 @@ class Serving:
         """
         started, limits = time.time(), self._limits(model)
         self._layout = layout
-        self._gang.call("start_serving", limits, self._run.serve.compile_batch)
+        config = self._run.serve
+        self._gang.call("start_serving", limits, config.compile_batch, config.batch_invariant)
         digest = f"{sum(self._gang.call('digest')) % 2**128:032x}"
         ray.get(self._engine.serve.remote(step, digest, owners, rebalancing, limits, layout))
         self._told = 0

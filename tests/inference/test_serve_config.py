@@ -177,3 +177,12 @@ def test_drafts_that_cannot_be_are_refused(settings, modules, sentence):
     with pytest.raises(ConfigError) as raised:
         ServeConfig(**settings).limits(64, modules)
     assert str(raised.value) == sentence
+
+
+def test_a_compiled_step_is_not_batch_invariant():
+    with pytest.raises(ConfigError) as raised:
+        ServeConfig(compile_batch=2, batch_invariant=True)
+    assert str(raised.value) == (
+        "serve.compile_batch is 2 and serve.batch_invariant is true, but the bits of a compiled "
+        "step depend on its batch; set one of the two."
+    )
