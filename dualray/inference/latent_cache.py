@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualray.inference.block_pool import blocks_for
+from dualray.inference.bunched_rows import Bunch, attend, cut, make_bunch, rows_of
 from dualray.inference.plan import SequencePlan
 from dualray.model.context import AttentionQuery, ForwardContext
 
@@ -89,10 +90,12 @@ class PagedBatch:
     together: SingleRows | None
     parts: tuple[Part, ...]
     unsort_T: Tensor | None
-    """Puts (single rows, parts) into the order of the rows; None if that it is."""
+    """Puts (single rows, bunches, parts) into the order of the rows; None if that it is."""
+    bunches: tuple[tuple[Bunch, tuple[Part, ...]], ...] = ()
+    """Single rows to be attended in a few calls, and the same one by one."""
 
     def in_row_order(self, outs: Sequence[Tensor]) -> Tensor:
-        """The single rows' results, then each part's, as one tensor of T rows."""
+        """The single rows' results, each bunch's, then each part's, as one tensor of T rows."""
         joined = outs[0] if len(outs) == 1 else torch.cat(list(outs))
         return joined if self.unsort_T is None else joined[self.unsort_T]
 
@@ -105,8 +108,9 @@ class PagedBatch:
         *,
         together: bool | None = None,
     ) -> PagedBatch:
-        """`together` attends single rows in one call: by default where starting a kernel costs
-        more than copying the cache, which is on no CPU."""
+        """`together` attends single rows in one call, and false attends each by itself. By default
+        all in one call where starting a kernel is dear, and in bunches on a CPU."""
+        bunched = together is None and device.type == "cpu"
         if together is None:
             together = device.type != "cpu"
         positions: list[int] = []
@@ -129,20 +133,35 @@ class PagedBatch:
                 first_position=first,
                 where=_rows_of(table, last, block_size, device),
             )
-            if together and part.stop == start + 1:
+            if (together or bunched) and part.stop == start + 1:
                 single.append(part)
                 tables.append(table)
             else:
                 parts.append(part)
+        bunches = []
+        if bunched:
+            chosen = cut([len(table) for table in tables], block_size)
+            for members in chosen:
+                group = tuple(single[i] for i in members)
+                rows = None if len(members) == len(sequences) else [part.start for part in group]
+                lengths = [part.length for part in group]
+                bunch = make_bunch(rows, [tables[i] for i in members], lengths, block_size)
+                bunches.append((bunch, group))
+            single = [single[i] for members in chosen for i in members]
         order = [row for part in (*single, *parts) for row in range(part.start, part.stop)]
         unsort = None if order == sorted(order) else _integers(order, device).argsort()
         return cls(
             positions_T=_integers(positions, device),
             slots_T=_integers(slots, device),
             seq_lens=tuple(len(sequence.ids) for sequence in sequences),
-            together=_single_rows(single, tables, device, alone=not parts) if single else None,
+            together=(
+                _single_rows(single, tables, device, alone=not parts)
+                if single and together
+                else None
+            ),
             parts=tuple(parts),
             unsort_T=unsort,
+            bunches=tuple(bunches),
         )
 
 
@@ -194,10 +213,8 @@ class PagedAttention:
         v_1GNc = query.cache_values(rows_NL).transpose(0, 1)[None]
         # The H/G heads that share a key are further rows of one product.
         q_TGRk = query.cache_queries().unflatten(1, (k_1GNk.shape[1], -1))
-        outs = []
-        if batch.together is not None:
-            outs.append(_attend_together(q_TGRk, blocks, batch.together, query))
-        for part in batch.parts:
+
+        def alone(part: Part) -> Tensor:
             if isinstance(part.where, slice):
                 keys, values = k_1GNk[:, :, part.where], v_1GNc[:, :, part.where]
             else:
@@ -205,7 +222,15 @@ class PagedAttention:
             q_part = q_TGRk[part.start : part.stop]
             if self._aligned:
                 q_part = q_part.clone()
-            outs.append(_attend_part(q_part, keys, values, part, query.softmax_scale))
+            return _attend_part(q_part, keys, values, part, query.softmax_scale)
+
+        outs = []
+        if batch.together is not None:
+            outs.append(_attend_together(q_TGRk, blocks, batch.together, query))
+        for bunch, parts in batch.bunches:
+            out = _attend_bunch(q_TGRk, blocks, bunch, parts, query)
+            outs += [alone(part) for part in parts] if out is None else [out]
+        outs += [alone(part) for part in batch.parts]
         if not outs:
             outs.append(q_TGRk.new_empty(*q_TGRk.shape[:3], v_1GNc.shape[-1]))
         return query.cache_output(batch.in_row_order(outs).flatten(1, 2))
@@ -226,6 +251,30 @@ def _attend_together(
         attn_mask=~outside_nS[:, None, None],
         scale=query.softmax_scale,
     )
+
+
+def _attend_bunch(
+    q_TGRk: Tensor, blocks: Tensor, bunch: Bunch, parts: Sequence[Part], query: AttentionQuery
+) -> Tensor | None:
+    """(n, G, R, c), or None where it does not pay or gives no numbers.
+
+    Keys of several groups would have to be copied again, and products in 16 bits round scores.
+    """
+    if q_TGRk.shape[1] > 1 or q_TGRk.dtype not in (torch.float32, torch.float64):
+        return None
+    if len(parts) == 1 and isinstance(parts[0].where, slice):
+        rows_nSL, outside_nS = blocks.flatten(0, 1)[parts[0].where][None], None
+    else:
+        rows_nSL, outside_nS = rows_of(bunch, blocks), bunch.outside_nS
+    q_nGRk = q_TGRk if bunch.rows_n is None else q_TGRk.index_select(0, bunch.rows_n)
+    out_nRc = attend(
+        q_nGRk.squeeze(1),
+        query.cache_keys(rows_nSL).squeeze(2),
+        query.cache_values(rows_nSL).squeeze(2),
+        outside_nS,
+        query.softmax_scale,
+    )
+    return out_nRc[:, None] if bool(out_nRc.isfinite().all()) else None
 
 
 def _attend_part(

@@ -79,8 +79,9 @@ def grouped_queries(T, dtype):
 
 @pytest.mark.parametrize("make_queries", [latent_queries, grouped_queries])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("together", [False, True])
-def test_paged_attention_equals_expanded_attention(make_queries, dtype, together):
+@pytest.mark.parametrize("together", [False, True, None])
+@pytest.mark.parametrize("before", [float("nan"), 1e4])
+def test_paged_attention_equals_expanded_attention(make_queries, dtype, together, before):
     """Three sequences of odd lengths, run as prompt, prompt part plus rest, and token by token."""
     torch.manual_seed(0)
     lengths = (7, 9, 5)
@@ -101,7 +102,7 @@ def test_paged_attention_equals_expanded_attention(make_queries, dtype, together
             dtype=dtype,
             device=torch.device("cpu"),
         )
-        cache.layers[3].fill_(float("nan"))  # what a reused block may hold
+        cache.layers[3].fill_(before)  # what a reused block may hold
         tables = ((8, 0), (3, 7, 1), (2, 5))
         starts = (0, 7, 16)
         done = [0, 0, 0]
