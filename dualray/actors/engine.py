@@ -72,7 +72,7 @@ class Engine:
         self._cache_counts = CacheCounts()
         self.scheduler = self._new_scheduler()
         self.grammars = GrammarCompiler(tokenizer)
-        self._max_request_s, self._stream_interval_s = max_request_s, stream_interval_s
+        self._max_request_s, self.stream_interval_s = max_request_s, stream_interval_s
         self._run_step, self._before_step = run_step, before_step
         self._completions: dict[str, Completion] = {}
         self._names = itertools.count(1)
@@ -195,7 +195,7 @@ class Engine:
             self.weights,
             self._cancel,
             every_token=every_token,
-            interval_s=self._stream_interval_s,
+            interval_s=self.stream_interval_s,
         )
         completion.timer = loop.call_at(deadline, self._expire, deadline)
         self._completions[request.request_id] = completion

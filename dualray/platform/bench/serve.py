@@ -75,6 +75,7 @@ def compare_serving(
             threads=threads,
             max_batch=load.max_batch,
             max_context=context,
+            stream_interval_s=load.stream_interval_s,
         )
 
     rows = []
@@ -101,7 +102,7 @@ def compare_serving(
     rows += idle_shares(model, load.idle, repeats=load.idle_repeats)
     if find_spec(_SPECULATION) is not None:
         on_part("speculation")
-        rows += import_module(_SPECULATION).speculation_rows(on_part)
+        rows += import_module(_SPECULATION).speculation_rows(on_part, quick=load.quick)
     return rows
 
 
@@ -150,6 +151,7 @@ def _batch(
     server.direct(batch)
     theirs: list[float] = []
     remote: list[float] = []
+    by_token: list[float] = []
     direct: list[float] = []
     for number in range(load.rounds):
         on_part(f"the batch, round {number + 1} of {load.rounds}")
@@ -159,11 +161,15 @@ def _batch(
         remote.append(seconds_of(answers))
         asked = server.direct(batch)
         direct.append(seconds_of(asked))
+        server.set_stream_interval(0.0)
+        by_token.append(seconds_of(over_grpc(server, batch)))
+        server.set_stream_interval(load.stream_interval_s)
     tokens = num_tokens(batch)
     agreement = _agreement(batch, {a.name: a.ids for a in asked}, generated.ids)
     texts = {answer.name: answer.text for answer in asked}
     same = sum(answer.text == texts[answer.name] for answer in answers)
     overheads = [over / inside - 1 for over, inside in zip(remote, direct)]
+    each_token = [over / inside - 1 for over, inside in zip(by_token, direct)]
     return [
         {
             "part": "batch",
@@ -187,6 +193,7 @@ def _batch(
             "overhead": statistics.median(overheads),
             "overhead_min": min(overheads),
             "overhead_max": max(overheads),
+            "every_token_overhead": statistics.median(each_token),
             "same_texts": same,
         },
     ]

@@ -50,6 +50,8 @@ class Deployment:
     max_batch: int
     """Sequences that one owner decodes together."""
     max_context: int
+    stream_interval_s: float
+    """As `serve.stream_interval_s`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,10 @@ class TimedEngine(EngineActor):
         steps, self._steps = self._steps, []
         return steps
 
+    async def set_stream_interval(self, seconds: float) -> None:
+        """Of requests that come from now on."""
+        self._engine.stream_interval_s = seconds
+
     async def direct(self, requests: Sequence[BenchRequest]) -> list[Answer]:
         """Each request's answer, asked of the engine itself when the request arrives."""
         started = time.perf_counter()
@@ -160,6 +166,9 @@ class Server:
     def direct(self, requests: Sequence[BenchRequest]) -> list[Answer]:
         return ray.get(self._engine.direct.remote(requests))
 
+    def set_stream_interval(self, seconds: float) -> None:
+        ray.get(self._engine.set_stream_interval.remote(seconds))
+
     def take_steps(self) -> tuple[list[EngineStep], list[list[WorkerStep]]]:
         """The engine's steps since it was last asked, and each worker's."""
         return ray.get(self._engine.take_steps.remote()), self._gang.call("take_steps")
@@ -188,7 +197,10 @@ def served(deployment: Deployment) -> Iterator[Server]:
         gang.infos = gang.call("info")
         gang.start(None)
         config = ServeConfig(
-            port=0, max_batch=deployment.max_batch, max_context=deployment.max_context
+            port=0,
+            max_batch=deployment.max_batch,
+            max_context=deployment.max_context,
+            stream_interval_s=deployment.stream_interval_s,
         )
         limits = config.limits(deployment.model.max_position_embeddings)
         gang.call("start_serving", limits, 0)

@@ -75,7 +75,8 @@ def sentences(rows: Rows) -> list[str]:
         f"{theirs['single_request_s']:.3f} s, alone",
         f"gRPC: {grpc['over_grpc']['tokens_per_s']:.0f} tokens/s over it, "
         f"{grpc['direct']['tokens_per_s']:.0f} asked of the engine itself "
-        f"({grpc['overhead']:+.1%} time)",
+        f"({grpc['overhead']:+.1%} time; {grpc['every_token_overhead']:+.1%} where every token has "
+        "a message)",
         f"{streams['streams']} streams for {streams['held_s']:.0f} s: {streams['requests']} "
         f"requests, {streams['tokens']} tokens, lost {streams['lost']}, mixed up "
         f"{streams['mixed_up']}; {streams['same_completions']} of "

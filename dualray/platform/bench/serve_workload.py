@@ -27,6 +27,8 @@ class Workload:
     """Mean arrivals a second: more than Hugging Face's side can do, less than ours."""
     hugging_face_batch: int = 16
     """Largest static batch."""
+    stream_interval_s: float = 0.05
+    """As `serve.stream_interval_s`; what gRPC costs is measured with 0 too."""
     streams: int = 200
     hold_s: float = 60.0
     known_prompts: int = 24
@@ -39,6 +41,8 @@ class Workload:
         )
     )
     idle_repeats: int = 20
+    quick: bool = False
+    """For parts that have a workload of their own."""
 
 
 FULL = Workload()
@@ -60,4 +64,5 @@ QUICK = Workload(
     max_batch=8,
     idle=(IdleCase(words="4 decode", num_ranks=4, num_sequences=4, num_new=1, context=8),),
     idle_repeats=1,
+    quick=True,
 )
