@@ -41,6 +41,8 @@ class Deployment:
     """None for a run whose engine has no metrics port."""
     engine_metrics_tls: bool = False
     """Whether that port speaks HTTPS."""
+    drain_s: float = 30.0
+    """Seconds that accepted requests get to end; pods live longer."""
     kubernetes: KubernetesConfig
     ray_version: str
     """Ray in the image: KubeRay chooses probes and authentication by it."""

@@ -21,8 +21,10 @@ from dualray.k8s.deployment import (
 )
 
 _USER_ID = 1000
-_GRACE_S = 90
-_DRAIN_S = 60
+_CHECKPOINT_S = 60
+"""For the present step and a committed checkpoint."""
+_MORE_S = 30
+"""That a pod lives on when Ray has had its time, for processes that end."""
 
 
 def cluster_spec(d: Deployment, *, mounts_run_file: bool) -> Object:
@@ -83,7 +85,7 @@ def _pod(d: Deployment, *, head: bool, mounts_run_file: bool) -> Object:
         "name": "ray-head" if head else "ray-worker",
         "image": k.image,
         "workingDir": WORKSPACE,
-        "env": _environment(head=head),
+        "env": _environment(d, head=head),
         "resources": _head_resources(k) if head else _worker_resources(d),
         "securityContext": _container_security(),
         "volumeMounts": mounts,
@@ -93,7 +95,7 @@ def _pod(d: Deployment, *, head: bool, mounts_run_file: bool) -> Object:
     spec: Object = {
         # What the second autoscaler asks for; KubeRay replaces pods itself.
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": _GRACE_S,
+        "terminationGracePeriodSeconds": _ending_s(d) + _MORE_S,
         "enableServiceLinks": False,
         # The autoscaler is a container of the head pod and speaks to the API server.
         "automountServiceAccountToken": head and k.autoscale,
@@ -127,16 +129,20 @@ def _head_ports(d: Deployment) -> list[Object]:
     return [{"name": name, "containerPort": port} for name, port in ports.items()]
 
 
-def _environment(*, head: bool) -> list[Object]:
+def _ending_s(d: Deployment) -> int:
+    """Between SIGTERM and the end: accepted requests, and a committed checkpoint."""
+    return math.ceil(d.drain_s) + _CHECKPOINT_S
+
+
+def _environment(d: Deployment, *, head: bool) -> list[Object]:
     values = {
         "HOME": "/tmp",
         "PYTHONUNBUFFERED": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Between SIGTERM and the pod's end: a committed checkpoint.
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_S),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_ending_s(d)),
     }
     if head:
-        values["RAY_JOB_STOP_WAIT_TIME_S"] = str(_DRAIN_S)
+        values["RAY_JOB_STOP_WAIT_TIME_S"] = str(_ending_s(d))
     return [{"name": name, "value": value} for name, value in values.items()]
 
 

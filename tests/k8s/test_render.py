@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jsonschema
@@ -138,11 +139,15 @@ def test_every_pod_keeps_to_the_restricted_profile(kind):
     assert cluster_of(SCALING)["autoscalerOptions"]["securityContext"] == security
 
 
-def test_pods_have_time_for_a_checkpoint():
-    for pod in pods(PLAIN, "raycluster"):
-        assert pod["spec"]["terminationGracePeriodSeconds"] == 90
+@pytest.mark.parametrize("drain_s", [0.0, 30.0, 299.5])
+def test_pods_have_time_for_requests_and_a_checkpoint(drain_s):
+    head, worker = pods(dataclasses.replace(PLAIN, drain_s=drain_s), "raycluster")
+    ending_s = math.ceil(drain_s) + 60
+    for pod in (head, worker):
+        assert pod["spec"]["terminationGracePeriodSeconds"] == ending_s + 30
         environment = {e["name"]: e["value"] for e in pod["spec"]["containers"][0]["env"]}
-        assert environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "60"
+        assert environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == str(ending_s)
+        assert ("RAY_JOB_STOP_WAIT_TIME_S" in environment) is (pod is head)
 
 
 @pytest.mark.parametrize("kind", ["rayjob", "raycluster"])
@@ -304,3 +309,9 @@ def test_a_run_that_does_not_serve_has_no_port(tmp_path):
     path.write_text(RUN)
     run = load_run_file(path, ["serve.after_training=false", "serve.port=0"])
     assert deployment_of(run).grpc_port is None
+
+
+def test_pods_wait_as_long_as_the_run_drains(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    assert deployment_of(load_run_file(path, ["serve.drain_s=77"])).drain_s == 77.0

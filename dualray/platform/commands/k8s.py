@@ -68,6 +68,7 @@ def deployment_of(run: RunFile) -> Deployment:
         grpc_port=run.serve.port if run.serve.after_training else None,
         engine_metrics_port=run.serve.metrics_port if run.serve.after_training else None,
         engine_metrics_tls=run.serve.tls_cert is not None,
+        drain_s=run.serve.drain_s,
         kubernetes=run.kubernetes,
         ray_version=version("ray"),
     )
