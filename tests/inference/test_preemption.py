@@ -173,6 +173,34 @@ def test_blocks_that_nobody_took_meanwhile_are_found_again():
     assert (scheduler.counts.prefix_queries, scheduler.counts.prefix_hits) == (16, 0)
 
 
+def test_what_it_runs_again_is_found_by_others_again():
+    scheduler, model, said = make(prefix_cache=True), TextCache(4), {}
+    add(scheduler, "a", [1] * 8, 16)  # which needs all blocks in the end
+    add(scheduler, "b", [2] * 8, 9)
+    ran = [ids["b"] for ids in steps(scheduler, model, said) if "b" in ids]
+    assert max(map(len, ran)) > 8
+    hits = scheduler.counts.prefix_hits
+    add(scheduler, "c", [2] * 8 + said["b"], 1)
+    list(steps(scheduler, model, said))
+    assert scheduler.counts.prefix_hits == hits + 16
+
+
+def test_nobody_stands_still_while_a_step_has_tokens_left():
+    """A prompt that could fill the last blocks leaves one to the prompts behind it."""
+    scheduler = make(num_blocks=34, max_batch=6, max_step_tokens=10, max_context=56)
+    model = TextCache(4)
+    for name, num_prompt in (("a", 6), ("p", 32), ("q", 42), ("b", 2), ("r", 50), ("s", 39)):
+        add(scheduler, name, [ord(name)] * num_prompt, 56 - num_prompt if name in "ab" else 2)
+    fewest = 34
+    while (plan := scheduler.plan()) is not None:
+        planned = plan.sequences(OWNER)
+        if sum(len(s.ids) for s in planned) < 10:
+            assert len(planned) == scheduler.num_running
+        fewest = min(fewest, *scheduler.free_blocks().values())
+        scheduler.apply(model.run(plan))
+    assert fewest == 0
+
+
 def test_its_end_while_it_waits_leaves_nothing_behind():
     scheduler, model = make(), TextCache(4)
     for name, token in (("a", 1), ("b", 2), ("c", 3)):
