@@ -195,8 +195,8 @@ def _single_rows(
 class PagedAttention:
     """Attention backend of serving: writes this step's rows, attends over the cache.
 
-    With `aligned` queries are copied to where a new tensor begins: products may round otherwise
-    at another place in memory.
+    With `aligned` queries, and heads' keys and values, are copied to where a new tensor begins:
+    products may round otherwise at another place in memory.
     """
 
     def __init__(self, cache: LatentCache, batch: PagedBatch, *, aligned: bool = False) -> None:
@@ -222,6 +222,7 @@ class PagedAttention:
             q_part = q_TGRk[part.start : part.stop]
             if self._aligned:
                 q_part = q_part.clone()
+                keys, values = keys.contiguous(), values.contiguous()
             return _attend_part(q_part, keys, values, part, query.softmax_scale)
 
         outs = []
