@@ -68,13 +68,17 @@ class Scheduler:
         limits: Limits,
         eos_id: int | None,
         counts: CacheCounts | None = None,
+        lengths: DraftLengths | None = None,
     ) -> None:
-        """`counts` go on from an earlier scheduler."""
+        """`counts` go on from an earlier scheduler. Where limits allow drafts `lengths` decides how
+        many, by default as many as pay."""
         self.limits = limits
         self.eos_id = eos_id
         self.counts = CacheCounts() if counts is None else counts
         self._batches = {owner: OwnerBatch(owner, limits, eos_id) for owner in owners}
-        self._lengths = DraftLengths(limits.draft_tokens) if limits.draft_tokens else None
+        if lengths is None and limits.draft_tokens:
+            lengths = DraftLengths(limits.draft_tokens)
+        self._lengths = lengths
         self._waiting: deque[Sequence] = deque()
         """In the order of arrival."""
         self._running: dict[str, Sequence] = {}
