@@ -34,7 +34,8 @@ from dualray.platform.metrics_log import MetricsLog
 from dualray.platform.modes import mode_of
 from dualray.platform.run_file import to_mapping
 from dualray.platform.scheduling.choice import phase_with, start_of
-from dualray.platform.serving import Serving, owners_of
+from dualray.platform.serving import Serving, limits_of, owners_of
+from dualray.platform.serving_memory import refuse_to_serve_beyond_memory
 from dualray.platform.states import RunState, check_transition
 from dualray.platform.training import Training
 from dualray.platform.wishes import Wishes
@@ -115,6 +116,17 @@ class Controller:
         gang = self._gang = Gang.create(self._spec(), run.cluster, self._group, run.name)
         if self._a.trains:
             refuse_too_many_copies(run, self._start.layout, self._start.choice, gang.infos)
+        if run.serve.after_training:
+            last = self._phases[-1]
+            refuse_to_serve_beyond_memory(
+                last.model,
+                last.train.dtype,
+                self._start.layout,
+                self._start.choice,
+                self._placement,
+                limits_of(run, last.model),
+                gang.infos,
+            )
         hosts = [info.node for info in gang.infos]
         self._nodes, unused = run.experts.nodes_of(self._start.layout, hosts)
         for word in filter(None, (unused, self._forgotten)):

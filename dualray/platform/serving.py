@@ -93,7 +93,7 @@ class Serving:
             model_name=run.name,
             tokenizer=text_side,
             owners=owners,
-            limits=self._limits(phase.model),
+            limits=limits_of(run, phase.model),
             config=run.serve,
             workers=self._gang.workers,
             files=model_files(tokenizer, text_side, phase.model, phase.train.dtype),
@@ -130,7 +130,7 @@ class Serving:
         They are arranged as `layout` says. `model` is that of the phase that they are in, which
         says how long a context may be.
         """
-        started, limits = time.time(), self._limits(model)
+        started, limits = time.time(), limits_of(self._run, model)
         self._layout = layout
         config = self._run.serve
         self._gang.call("start_serving", limits, config.compile_batch, config.batch_invariant)
@@ -145,9 +145,6 @@ class Serving:
             pids=tuple(self._gang.pids()),
             cache_bytes=tuple(self._gang.call("cache_bytes")),
         )
-
-    def _limits(self, model: ModelConfig) -> Limits:
-        return self._run.serve.limits(model.max_position_embeddings, model.num_nextn_predict_layers)
 
     def look(self) -> None:
         """See that workers live, and tell when experts have moved.
@@ -225,6 +222,11 @@ def _reached(listening: str) -> str:
     """Whoever listens on every address is reached at this node's own."""
     host, _, port = listening.rpartition(":")
     return f"{ray.util.get_node_ip_address()}:{port}" if host in ("0.0.0.0", "[::]") else listening
+
+
+def limits_of(run: RunFile, model: ModelConfig) -> Limits:
+    """What the engine can hold and run, in a phase with this model."""
+    return run.serve.limits(model.max_position_embeddings, model.num_nextn_predict_layers)
 
 
 def owners_of(layout: Layout, choice: Choice) -> tuple[Owner, ...]:
