@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
 import signal
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
+from smg_grpc_proto import vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2
 from support.fake_cluster import free_port, ray_head
 from support.runs import (
     LIMIT_S,
@@ -26,7 +31,9 @@ from support.runs import (
     write_run_file,
 )
 
+from dualray.actors.vllm_tokenizer import byte_level_json
 from dualray.checkpoint.store import find, steps
+from dualray.model.hugging_face import from_hugging_face
 from dualray.platform.loads import loads_files
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -58,6 +65,15 @@ def controller_of(run: Path) -> psutil.Process:
     return named(parent.children, "ray::Controller")
 
 
+def handed_out(target: str) -> dict[str, bytes]:
+    """Files by name that a gateway is given with the tokenizer."""
+    with grpc.insecure_channel(target) as channel:
+        stub = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+        pieces = list(stub.GetTokenizer(common_pb2.GetTokenizerRequest(), timeout=LIMIT_S))
+    archive = zipfile.ZipFile(io.BytesIO(b"".join(piece.data for piece in pieces)))
+    return {name: archive.read(name) for name in archive.namelist()}
+
+
 def test_train_serve_and_serve_again(tmp_path: Path) -> None:
     data = make_corpus(tmp_path / "corpus")
     # Two steps at the tiny preset's own context, two with YaRN: what serves is the extended model.
@@ -84,6 +100,11 @@ def test_train_serve_and_serve_again(tmp_path: Path) -> None:
         assert streamed.out.startswith(PROMPT)
         assert "12 tokens (length)" in streamed.err
         assert "tiny after step 4" in streamed.err
+
+        files = handed_out(target)
+        assert files["tokenizer.json"] == byte_level_json()
+        served = from_hugging_face(json.loads(files["config.json"]))
+        assert (served.rope_scaling.factor, served.vocab_size) == (2, 512)
 
         status = dualray("status", "--json", cwd=tmp_path)
         [row] = json.loads(status.out)
@@ -137,6 +158,7 @@ def test_train_serve_and_serve_again(tmp_path: Path) -> None:
         answer = json.loads(again.out)
         assert f"{PROMPT}{answer['text']}\n" == streamed.out
         assert answer["training_step"] == 4
+        assert handed_out(target) == files
         # `timeout`, for one, sends SIGTERM to the group; the embedded Ray must outlive it.
         serve.signal_group(signal.SIGTERM)
         assert (serve.end().code, state_of(tmp_path / "runs" / "tiny-serve")["state"]) == (
