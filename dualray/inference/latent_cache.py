@@ -208,6 +208,7 @@ class PagedAttention:
         batch = self._batch
         blocks = self._cache.layers[query.layer]
         rows_NL = blocks.flatten(0, 1)
+        # All rows before any is read: a sequence may share blocks that another one fills here.
         rows_NL.index_copy_(0, batch.slots_T, query.cache_rows())
         k_1GNk = query.cache_keys(rows_NL).transpose(0, 1)[None]
         v_1GNc = query.cache_values(rows_NL).transpose(0, 1)[None]

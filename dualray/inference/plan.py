@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Owner(NamedTuple):
-    """Who holds a request's latent cache for life.
+    """Who holds a request's latent cache, to its end or until it is preempted.
 
     Expert ranks are data-parallel to each other outside the routed experts, and each
     direction of the pipeline has its own stage copies, hence its own cache.
