@@ -6,9 +6,9 @@ and its own token ids, which stands for all tokens up to its end and which nobod
 collide with somebody else's prompt. Blocks that no sequence refers to stay known until
 somebody needs them, the longest unused first.
 
-A block's row of an MTP layer depends on the token behind it too, which for the last row of a
-block may be another one in the sequence that reuses it. That costs a draft's acceptance at
-most: what the model itself says never reads those rows.
+Rows of MTP layers lie in the same blocks but are not shared: each depends on the token behind
+it too, which for a block's last row may be another one in the sequence that reuses it. The
+modules begin anew behind what was reused (`Speculation`), which costs acceptance at most.
 """
 
 from __future__ import annotations
