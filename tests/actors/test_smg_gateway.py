@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import urllib.request
 
 import grpc
 import pytest
@@ -154,6 +156,19 @@ def test_grammars(front):
     schema = {"name": "number", "schema": {"type": "integer", "minimum": 0, "maximum": 9}}
     answer = front.chat(response_format={"type": "json_schema", "json_schema": schema})
     assert 0 <= int(answer.choices[0].message.content) <= 9
+
+
+def test_anthropic_messages(front):
+    body = {"model": "tiny", "messages": TALK, "max_tokens": 8, "temperature": 0}
+    request = urllib.request.Request(
+        f"{front.client.base_url}messages",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer = json.load(response)
+    assert [part["text"] for part in answer["content"]] == [front.text(ASKED)]
+    assert (answer["stop_reason"], answer["usage"]["output_tokens"]) == ("max_tokens", 8)
 
 
 def test_wrong_requests_are_the_clients_fault(front):
