@@ -11,7 +11,8 @@ pass P seconds, so that for each P the best rows are those of the largest gains,
 is found by walking down them.
 
 What is not measured drifts back to what was expected at first, so that drafts which did not pay are
-tried again now and then. Pure: the engine's clock and the verifier's verdicts come as numbers.
+tried again now and then; and so are steps without drafts once their cost has become doubtful.
+Pure: the engine's clock and the verifier's verdicts come as numbers.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _DRIFT = 1 / 512
 """Share of the way back to EXPECTED that an estimate without verdicts goes in a step."""
 _EVERY = 8
 """Steps between two choices while as many sequences run."""
+_DOUBT = 0.1
+"""Relative standard deviation of what the other choice, drafts or none, is thought to cost, from
+which on it is made for once to see."""
 
 
 class Acceptance:
@@ -93,10 +97,15 @@ class DraftLengths:
         self._steps_left -= 1
         if self._steps_left > 0 and len(sequences) == self._num_sequences:
             return
-        self._steps_left, self._num_sequences = _EVERY, len(sequences)
+        count = len(sequences)
+        self._steps_left, self._num_sequences = _EVERY, count
         self._passes, self._least_gain = best_length(
             [own.gains() for own in sequences], self.costs, lanes
         )
+        if self._passes and self.costs.doubt(count, 0) > _DOUBT:
+            self._passes, self._steps_left = 0, 1
+        elif not self._passes and self.costs.doubt(2 * count, lanes) > _DOUBT:
+            self._passes, self._least_gain = 1, 0.0
 
     def of(self, own: Acceptance) -> int:
         """Drafts of one sequence."""

@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from dualray.inference.draft_length import Acceptance, DraftLengths
 from dualray.inference.plan import Drafting
 
-PROMPT_WINDOW = 256
-"""Tokens of a prompt, at its end, that go through the modules, and up to a block more."""
+PROMPT_WINDOW = 64
+"""Tokens of a prompt, at its end, that go through the modules, and up to a block more. The demo's
+model, greedy: 64.5 % of its first drafts come true behind a window of 64 tokens of the prompt, and
+63.8 % behind one of 16. Its four layers take a quarter longer for a prompt that has a fifth to
+walk, which the first token waits for."""
 
 
 @dataclass(kw_only=True)

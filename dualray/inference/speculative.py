@@ -172,18 +172,18 @@ class Drafter:
             walks.append(_Walk.begin(sequence, start, stands))
             start += len(sequence.ids)
         going = [walk for walk in walks if walk is not None]
-        ends = list(accumulate(len(walk.rows) for walk in going))
-        hidden_SD = normed_TD[[row for walk in going for row in walk.rows]]
+        lasts = [end - 1 for end in accumulate(len(walk.rows) for walk in going)]
+        hidden_SD = _pick(normed_TD, [row for walk in going for row in walk.rows])
         last_WD = hidden_SD
         ctx = self._context(going, [(walk.first_position, len(walk.rows)) for walk in going])
         for depth, module in enumerate(self._modules[:num_passes], start=1):
             ids = [token for walk in going for token in walk.tokens_ahead(depth)]
             hidden_SD = module.predict(self._embed(ids, ctx), hidden_SD, ctx)
-            last_WD = hidden_SD[[end - 1 for end in ends]]
+            last_WD = _pick(hidden_SD, lasts)
             self._draw(going, last_WD, depth)
         for depth in range(len(self._modules) + 1, num_passes + 1):
             wanted = [i for i, walk in enumerate(going) if walk.num_drafts >= depth]
-            going, last_WD = [going[i] for i in wanted], last_WD[wanted]
+            going, last_WD = [going[i] for i in wanted], _pick(last_WD, wanted)
             beyond = depth - len(self._modules)
             ctx = self._context(
                 going, [(walk.first_position + len(walk.rows) - 1 + beyond, 1) for walk in going]
@@ -224,6 +224,13 @@ class Drafter:
             # What a grammar allowed there says nothing of what it allows here.
             adjust = None if spec.adjust is None else replace(spec.adjust, allowed=b"")
             specs.append(replace(spec, position=spec.position + depth, adjust=adjust))
-        drawn = choose(self._stage.head(last_WD[wanted]), specs).tolist()
+        drawn = choose(self._stage.head(_pick(last_WD, wanted)), specs).tolist()
         for i, token in zip(wanted, drawn):
             walks[i].ahead.append(token)
+
+
+def _pick(rows_SD: Tensor, indices: list[int]) -> Tensor:
+    """These of the rows; a view where they are neighbours, as a single sequence's are."""
+    if indices and indices[-1] - indices[0] == len(indices) - 1:
+        return rows_SD[indices[0] : indices[-1] + 1]
+    return rows_SD[indices]

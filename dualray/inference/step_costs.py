@@ -36,6 +36,15 @@ class StepCosts:
         base, row, walk = self._costs
         return (base + row * rows + walk * passes) * (self._scale or 1.0)
 
+    def doubt(self, rows: int, passes: int) -> float:
+        """Standard deviation of `seconds`, relative to it; 0 as long as nothing was observed."""
+        if self._scale is None:
+            return 0.0
+        x = (1.0, float(rows), float(passes))
+        variance = sum(x[i] * self._covariance[i][j] * x[j] for i in range(3) for j in range(3))
+        expected = sum(cost * xi for cost, xi in zip(self._costs, x))
+        return max(0.0, variance) ** 0.5 / expected
+
     def observe(self, rows: int, passes: int, seconds: float) -> None:
         """A step took so long."""
         if seconds <= 0:

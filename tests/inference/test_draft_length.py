@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -110,6 +111,49 @@ def serve(lengths: DraftLengths, rate: float, steps: int, rng: random.Random) ->
                 accepted += 1
             lengths.judge(own, length, accepted)
     return taken
+
+
+def fixed_speed(length: int, rate: float, n: int, seconds: Callable[[int, int], float]) -> float:
+    """Tokens a second of n sequences whose drafts all have one length."""
+    tokens = 1 + sum(rate**place for place in range(1, length + 1))
+    return n * tokens / seconds(n * (1 + length), length)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lengths_that_adapt_are_about_as_fast_as_the_best_one(seed):
+    """Loads that follow each other, in a server whose rows are cheap up to four. Whoever stops
+    drafting cannot draft for some tokens: its window begins with a block."""
+
+    def seconds(rows: int, passes: int) -> float:
+        return (3.2 + 0.35 * min(rows, 4) + 0.32 * max(0, rows - 4) + 1.15 * passes) / 1000
+
+    rng = random.Random(seed)
+    lengths = DraftLengths(3)
+    speeds = []
+    for n, rate in ((1, 0.7), (8, 0.7), (1, 0.7), (8, 0.9), (32, 0.7), (2, 0.4), (1, 0.9)):
+        requests = [lengths.new() for _ in range(n)]
+        pending, closed = [0] * n, [0] * n
+        total_s, tokens = 0.0, 0
+        for _ in range(600):
+            wanted = chosen(lengths, requests)
+            for i, length in enumerate(wanted):
+                closed[i] = 8 if not length else max(0, closed[i] - 1)
+            wanted = [0 if shut else length for length, shut in zip(wanted, closed)]
+            step = (n + sum(pending), max(wanted))
+            total_s += seconds(*step)
+            lengths.costs.observe(*step, seconds(*step) * rng.lognormvariate(0, 0.1))
+            for own, length in zip(requests, pending):
+                accepted = 0
+                while accepted < length and rng.random() < rate:
+                    accepted += 1
+                tokens += 1 + accepted
+                if length:
+                    lengths.judge(own, length, accepted)
+            pending = wanted
+        best = max(fixed_speed(length, rate, n, seconds) for length in range(4))
+        speeds.append(tokens / total_s / best)
+    assert min(speeds) > 0.85, speeds
+    assert sum(speeds) / len(speeds) > 0.95, speeds
 
 
 def test_drafts_that_do_not_pay_stop_and_are_tried_again_now_and_then():

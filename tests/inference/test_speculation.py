@@ -17,7 +17,7 @@ from dualray.inference.draft_length import DraftLengths
 from dualray.inference.plan import Owner, Sampled, SequencePlan, StepPlan
 from dualray.inference.request import Request, SamplingParams
 from dualray.inference.scheduler import Limits, Scheduler, owners
-from dualray.inference.speculation import DraftCounts, Speculation
+from dualray.inference.speculation import PROMPT_WINDOW, DraftCounts, Speculation
 
 VOCAB, EOS, BLOCK = 20, 0, 4
 
@@ -240,9 +240,10 @@ def test_a_window_goes_on_until_it_is_interrupted():
 def test_long_prompts_go_through_the_modules_at_their_end_only():
     speculation = Speculation(lengths=DraftLengths(2))
     assert asking(speculation, 0, 512, length=1000) is None
+    assert PROMPT_WINDOW == 64
     part = asking(speculation, 512, 990, length=1000, next_ids=(7,))
-    # 256 tokens, and up to a block more.
-    assert 1000 - 256 - 16 < part.first_position <= 1000 - 256
+    # 64 tokens, and up to a block more.
+    assert 1000 - PROMPT_WINDOW - 16 < part.first_position <= 1000 - PROMPT_WINDOW
     assert (part.num_drafts, part.num_passes, part.next_ids) == (0, 1, (7,))
     end = asking(speculation, 990, 1000, length=1000)
     assert end.first_position == part.first_position
