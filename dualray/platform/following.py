@@ -92,7 +92,9 @@ class Following:
                 told = received.count
                 if told > 1:
                     raise RunError("the run was ended without waiting", hint="resume with --resume")
-                console.note("stopping after this step; once more to end at once")
+                console.note(
+                    "stopping after this step and accepted requests; once more to end at once"
+                )
                 self.controller.stop.remote()
             events = self._new_events(seen)
             seen += len(events)

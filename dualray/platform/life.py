@@ -12,11 +12,11 @@ from collections.abc import Callable
 from ray.exceptions import RayTaskError
 
 from dualray.actors.engine_state import EngineState
-from dualray.actors.gang import Gang
+from dualray.actors.gang import Gang, WorkerLostError
 from dualray.actors.mode_answer import Refusal
 from dualray.data.dataset import TokenDataset
 from dualray.data.yardsticks import yardsticks
-from dualray.errors import DualrayError
+from dualray.errors import DualrayError, RunError
 from dualray.inference.plan import Owner
 from dualray.parallel.layout import Layout
 from dualray.parallel.nodes import NodeMap
@@ -143,13 +143,16 @@ class Life:
         started = time.time()
         if self._optimizer is not None:
             self._optimizer.put_away()
-        begun = self._serving.begin(
-            self.steps_done,
-            self._present()[0],
-            self._owners(),
-            self._rebalancing(),
-            self._run.model if training is None else training.phase.model,
-        )
+        try:
+            begun = self._serving.begin(
+                self.steps_done,
+                self._present()[0],
+                self._owners(),
+                self._rebalancing(),
+                self._run.model if training is None else training.phase.model,
+            )
+        except RunError as error:
+            return self._cannot_serve(error, before)
         self._enters(Mode.SERVE, RunState.SERVING)
         workers = ", ".join(map(str, begun.pids))
         self._note(f"serving at {self._serving.target} from worker processes {workers}")
@@ -188,6 +191,19 @@ class Life:
         self._left = self._serving.leave(then)
         self._found_at(self._serving.placement())
         return asked
+
+    def _cannot_serve(self, error: RunError, before: Mode | None) -> Mode:
+        """Back to the mode before if somebody asked for the switch and all workers live: no run
+        shall end for want of a latent cache. Raises the error otherwise."""
+        if before is None or self._wishes.mode is not Mode.SERVE:
+            raise error
+        if isinstance(error, WorkerLostError):
+            raise error
+        trains = before is Mode.TRAIN
+        self._left = self._serving.leave(EngineState.TRAINING if trains else EngineState.PAUSED)
+        self.mode = Mode.SERVE  # for what comes after, that is where it comes from
+        self._wishes.answer(Refusal(sentence=error.sentence, hint=error.hint))
+        return before
 
     def _pause(self) -> Mode | None:
         before = self.mode

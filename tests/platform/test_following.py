@@ -132,7 +132,7 @@ def test_an_embedded_ray_takes_everything_with_it(follow) -> None:
 def test_one_ctrl_c_asks_the_run_to_stop(follow) -> None:
     log, printed, error = follow([ctrl_c, [], [STOPPED]])
     assert (log, error) == (["stop", *CLEARED], None)
-    assert printed == "stopping after this step; once more to end at once\n"
+    assert printed == ("stopping after this step and accepted requests; once more to end at once\n")
 
 
 def test_a_second_one_does_not_wait(follow) -> None:

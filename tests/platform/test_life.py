@@ -13,9 +13,11 @@ from ray.exceptions import RayTaskError
 from support.fake_run import FakeGang, FakeRay, controller_of, install, states_of
 from support.runs import losses_of, make_corpus, metrics_of
 
+from dualray.actors.gang import WorkerLostError
 from dualray.actors.mode_answer import ModeAnswer, Refusal
 from dualray.checkpoint.store import find
-from dualray.errors import ResourceError
+from dualray.errors import ResourceError, RunError
+from dualray.parallel.slots import ExpertPlacement
 from dualray.platform.controller import Controller
 from dualray.platform.folder import RunFolder
 
@@ -240,3 +242,57 @@ def test_who_asks_for_nonsense_or_too_late_is_told(run_of) -> None:
     run.end(stop=False)
     late = run.controller.switch("serve")
     assert late == Refusal(sentence="run tiny is stopping", hint="start it again")
+
+
+def test_a_switch_that_fails_is_taken_back(run_of, fakes) -> None:
+    """No cache, say: the run trains on as if nobody had asked."""
+    error = RunError("worker 1 failed in start_serving with OutOfMemoryError", hint="have more")
+
+    def fail(*_: object) -> None:
+        run.gang.before.pop("start_serving")
+        raise error
+
+    run = run_of(after_training=False)
+    run.gang.before["start_serving"] = fail
+    run.asks("serve", at=1)
+    run.start()
+    assert run.answered() == Refusal(sentence=error.sentence, hint=error.hint)
+    run.end(stop=False)
+    assert list(losses_of(RunFolder.named("tiny").path)) == [1, 2, 3, 4]
+    assert run.told[:7] == [
+        *("step", "step", "put_state_away", "start_serving", "stop_serving", "bring_state_back"),
+        "step",
+    ]
+    assert run.states == ["training", "switching", "training", "stopping", "stopped"]
+
+
+def test_a_worker_that_is_lost_in_a_switch_ends_the_run(run_of) -> None:
+    error = WorkerLostError("worker 1 died during start_serving", hint="see its log")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    run = run_of()
+    run.gang.before["start_serving"] = fail
+    run.asks("serve", at=1)
+    run.start()
+    assert run.answered() == Refusal(
+        sentence="run tiny has failed", hint="see what its command says"
+    )
+    run.end(stop=False)
+    assert run.states[-1] == "failed"
+
+
+def test_training_knows_of_experts_that_moved_while_it_served(run_of, fakes) -> None:
+    run = run_of()
+    run.asks("serve", at=1)
+    run.start()
+    run.answered()
+    before = run.controller.placement()
+    held = {layer: ranks[::-1] for layer, ranks in before.held.items()}
+    num_homes = {layer: counts[::-1] for layer, counts in before.num_homes.items()}
+    fakes[1].placement = ExpertPlacement(held=held, num_homes=num_homes)
+    assert isinstance(run.controller.switch("train"), ModeAnswer)
+    assert run.controller.placement() == fakes[1].placement != before
+    assert run.controller._training is not None
+    assert run.controller._training.experts.placement == fakes[1].placement

@@ -17,6 +17,7 @@ from dualray.actors.stage_worker import WorkerInfo
 from dualray.checkpoint.writer import Piece, write_rank
 from dualray.parallel.expert_meter import ExpertWork
 from dualray.parallel.nodes import NodeMap
+from dualray.parallel.slots import ExpertPlacement
 from dualray.parallel.state_place import StateBytes
 from dualray.parallel.step_result import HeldOut, StepResult
 from dualray.platform import controller as module
@@ -103,6 +104,8 @@ class FakeRay:
         self.drained: list[str] = []
         """What the engine did after each drain."""
         self.num_cut = 0
+        self.placement: ExpertPlacement | None = None
+        """Where the engine says that experts are."""
 
     def drain(self, then: str, within_s: float) -> int:
         assert within_s == 30.0
@@ -116,7 +119,7 @@ class FakeRay:
             return "127.0.0.1:5"
 
         methods = {"start": start, "serve": lambda *_: None, "stop": lambda: None}
-        methods |= {"migrations": lambda: [], "placement": lambda: None}
+        methods |= {"migrations": lambda: [], "placement": lambda: self.placement}
         methods |= {"drain": self.drain, "admin_target": lambda: None}
         methods |= {"own_access": lambda: OwnAccess(target="127.0.0.1:5", token=None)}
         handle = SimpleNamespace(
