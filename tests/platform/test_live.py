@@ -68,6 +68,21 @@ def test_a_run_that_nobody_answers_for_is_lost() -> None:
     )
 
 
+def test_a_run_that_does_not_live_is_not_switched(command) -> None:
+    folder = run_folder("old", state="stopped", target=None)
+    assert command("mode", "old", "train") == (
+        2, "",
+        "error: run old has ended (stopped) and cannot be switched; start it again, or serve it "
+        f"with dualray serve {folder.path}.\n",
+    )  # fmt: skip
+    address = run_folder("gone").read_state()["address"]
+    assert command("mode", "gone", "serve") == (
+        2, "",
+        f"error: run gone is lost (cluster.address is {address} and no Ray head answers there); "
+        "continue it with dualray train --resume.\n",
+    )  # fmt: skip
+
+
 def test_status_shows_all_runs_and_no_secret(command) -> None:
     run_folder("one", state="failed")
     run_folder("two")

@@ -10,7 +10,7 @@ from report_pages import bare_run, page_of
 from synthetic_run import LAYERS, MOVED, RUN_YAML, make_run, make_spans, make_steps, make_trace
 
 from dualray.parallel.layout import Layout
-from dualray.platform.metrics import Decided, Switch
+from dualray.platform.metrics import BackToTraining, Decided, Paused, Switch
 from dualray.platform.metrics_log import MetricsLog, read_metrics
 from dualray.platform.readable import count
 from dualray.platform.report.style import VARIABLES, smooth, thin
@@ -146,6 +146,39 @@ def test_replaced_workers_are_not_called_the_same(tmp_path):
     words = page_of(bare_run(tmp_path / "a", [switch])).words
     assert any("The workers were replaced between" in word for word in words)
     assert words[words.index("2") + 1] == "none"
+
+
+def test_the_page_says_what_every_switch_took(tmp_path):
+    switch = Switch(
+        seconds_to_first_token=1.25, workers_before=(1, 2), workers_after=(1, 2), step=7,
+        optimizer="park", parked_bytes=(3_000_000, 2_000_000), gradient_bytes=(900, 800),
+        cache_bytes=(5_000, 4_000),
+    )  # fmt: skip
+    changes = [
+        switch,
+        BackToTraining(
+            step=8, seconds_to_first_step=0.5, came_from="serve", optimizer="park", drain_s=2.0,
+            num_cut=3,
+        ),
+        Paused(step=9, came_from="train"),
+        dataclasses.replace(switch, step=9, came_from="pause", seconds_to_first_token=0.25),
+    ]  # fmt: skip
+    folder = bare_run(tmp_path / "a", changes)
+    text = (page_of(folder), (folder / "report.html").read_text())[1]
+    for row in (
+        ("1", "2", "2", "2 MB", "800 B", "4 kB"),
+        ("7", "train", "serve", "1.25", "last step to first token", "-", "-", "park"),
+        ("7", "serve", "train", "0.50", "workers free to first step", "2.00", "3", "park"),
+        ("9", "train", "pause", "-", "-", "-", "-", "-"),
+        ("9", "pause", "serve", "0.25", "end of pause to first token", "-", "-", "park"),
+    ):
+        assert "".join(f"<td>{cell}</td>" for cell in row) in text, row
+    assert "<th>optimizer state parked in host memory</th>" in text
+    assert "optimizer state dropped" not in text
+    # A run that only ever paused has no first token to tell of.
+    page = page_of(bare_run(tmp_path / "b", changes[2:3]))
+    assert "Modes" in page.headings
+    assert page.tiles == {}
 
 
 def test_run_without_steps(tmp_path):
