@@ -50,7 +50,7 @@ class AdminService(pb_grpc.AdminServicer):
                     field="mode",
                 )
             held = await self._engine.pausing.hold(mode)
-        except RequestError as error:
+        except Exception as error:
             await refuse(context, error)
         return pb.PauseGenerationResponse(num_requests=held)
 
@@ -59,7 +59,7 @@ class AdminService(pb_grpc.AdminServicer):
     ) -> pb.ResumeGenerationResponse:
         try:
             await self._engine.pausing.go_on()
-        except RequestError as error:
+        except Exception as error:
             await refuse(context, error)
         return pb.ResumeGenerationResponse()
 
@@ -73,7 +73,7 @@ class AdminService(pb_grpc.AdminServicer):
                     field="mode",
                 )
             answer = await self._need_control().switch(mode)
-        except RequestError as error:
+        except Exception as error:
             await refuse(context, error)
         if isinstance(answer, Refusal):
             # Nothing is wrong with the call, and the same one may be right later.
@@ -94,7 +94,7 @@ class AdminService(pb_grpc.AdminServicer):
     async def GetMode(self, request: Any, context: Context) -> pb.GetModeResponse:
         try:
             status = await self._need_control().status()
-        except RequestError as error:
+        except Exception as error:
             await refuse(context, error)
         return pb.GetModeResponse(
             mode=_NUMBERS.get(status.mode, pb.MODE_UNSPECIFIED),
@@ -117,7 +117,7 @@ class AdminService(pb_grpc.AdminServicer):
     ) -> pb.GetExpertPlacementResponse:
         try:
             placement = await self._need_control().placement()
-        except RequestError as error:
+        except Exception as error:
             await refuse(context, error)
         return pb.GetExpertPlacementResponse(
             layers=[_layer(placement, layer) for layer in sorted(placement.held)]
