@@ -1,4 +1,5 @@
-"""Sampling parameters out of JSON-like values, where numbers may come as strings.
+"""Sampling parameters out of JSON-like values, where numbers may come as strings, and lists and
+objects as JSON text: some clients' parameters know nothing else.
 
 Every reader takes the parameter's name and its value and raises RequestError, naming both.
 """
@@ -6,6 +7,7 @@ Every reader takes the parameter's name and its value and raises RequestError, n
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 
 from dualray.errors import RequestError
@@ -80,14 +82,24 @@ def read_strings(name: str, value: object) -> tuple[str, ...]:
 def read_ints(name: str, value: object) -> tuple[int, ...]:
     if value is None:
         return ()
+    value = _plain(value)
     require(isinstance(value, list | tuple), name, value, "must be a list of token ids")
     return tuple(read_int(name, item) for item in value)  # type: ignore[union-attr]
+
+
+def _plain(value: object) -> object:
+    """What JSON text stands for; anything else, and what is no JSON, as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def read_biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
     """An object of token ids, which JSON makes strings, and biases."""
     if value is None:
         return ()
+    value = _plain(value)
     require(isinstance(value, dict), name, value, "must be an object of token ids and biases")
     return tuple(
         (read_int(name, token), read_float(name, bias))

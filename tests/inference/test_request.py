@@ -39,6 +39,19 @@ def test_biases_come_as_an_object_whose_keys_are_strings():
     assert len(SamplingParams.parse({"logit_bias": most}).logit_bias) == 300
 
 
+def test_lists_and_objects_may_come_as_text():
+    values = {
+        "logit_bias": '{"7": -100, "0": "2.5"}', "stop_token_ids": "[3, 4]",
+        "allowed_token_ids": " [5]",
+    }  # fmt: skip
+    params = SamplingParams.parse(values)
+    assert params.logit_bias == ((7, -100.0), (0, 2.5))
+    assert (params.stop_token_ids, params.allowed_token_ids) == ((3, 4), (5,))
+    for name, wrong in (("logit_bias", "[1]"), ("logit_bias", "{"), ("stop_token_ids", "3")):
+        with pytest.raises(RequestError, match=f"sampling_parameters.{name} is "):
+            SamplingParams.parse({name: wrong})
+
+
 def test_n_completions_have_seeds_of_their_own():
     params = SamplingParams.parse({"n": "3", "seed": 5, "top_k": 4})
     assert params.each() == [SamplingParams(seed=seed, top_k=4) for seed in (5, 6, 7)]
@@ -264,6 +277,51 @@ def test_prompt_must_be_neither_empty_nor_too_long():
         "shorten the prompt to at most 7 tokens."
     )
     assert raised.value.field == "text_input"
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"prompt_logprobs": 21},
+            "sampling_parameters.prompt_logprobs is 21 and must lie between 0 and 20; correct "
+            "prompt_logprobs.",
+        ),
+        (
+            {"allowed_token_ids": [3, -1]},
+            "sampling_parameters.allowed_token_ids is [3, -1] and must not be negative; correct "
+            "allowed_token_ids.",
+        ),
+        (
+            {"bad_words": ["a"] * 129},
+            "sampling_parameters.bad_words is 129 words long and must be at most 128; correct "
+            "bad_words.",
+        ),
+        (
+            {"bad_words": ["a", ""]},
+            "sampling_parameters.bad_words is ['a', ''] and must not contain an empty string; "
+            "correct bad_words.",
+        ),
+        (
+            {"truncate_prompt_tokens": 0},
+            "sampling_parameters.truncate_prompt_tokens is 0 and must be -1 or at least 1; correct "
+            "truncate_prompt_tokens.",
+        ),
+    ],
+)
+def test_what_came_later_is_checked_too(values, sentence):
+    with pytest.raises(RequestError) as raised:
+        SamplingParams.parse(values)
+    assert str(raised.value) == sentence
+
+
+def test_allowed_ids_must_be_in_the_vocabulary():
+    with pytest.raises(RequestError) as raised:
+        check_token_ids(SamplingParams(allowed_token_ids=(9, 10)), vocab_size=10)
+    assert str(raised.value) == (
+        "sampling_parameters.allowed_token_ids is [9, 10] and must be below the vocabulary size "
+        "10; correct allowed_token_ids."
+    )
 
 
 def test_stop_token_ids_must_be_in_the_vocabulary():
