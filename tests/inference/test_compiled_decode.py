@@ -3,6 +3,7 @@ is run without it here; `dualray bench model` compares what it compiles."""
 
 import pytest
 import torch
+from support.drafting import Request, make_runner, run
 from support.models import attention_changes, tiny_config, whole_model
 
 from dualray.inference import compiled_decode
@@ -66,6 +67,46 @@ def test_traced_decode_steps_choose_what_eager_ones_choose(kind):
             for (i, a), (j, b) in zip(one.top, other.top):
                 assert i == j
                 assert a == pytest.approx(b, abs=1e-5)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_drafts_are_verified_in_compiled_steps(monkeypatch):
+    """The rows of a sequence as sequences of one row: they see each other in the cache."""
+    stage = whole_model(tiny_config(num_hidden_layers=2, num_nextn_predict_layers=1))
+    length = 18
+    plain = Request("plain", range(20))
+    run(make_runner(stage), [plain], length)
+
+    def right(ids):
+        return plain.ids[len(ids) : len(ids) + 1]
+
+    def wrong(ids):
+        return [token + 1 for token in right(ids)]
+
+    compiled_rows: list[int] = []
+    run_compiled = compiled_decode.CompiledDecode.run
+
+    def counting(self, sequences, hidden_TD):
+        compiled_rows.append(len(sequences))
+        return run_compiled(self, sequences, hidden_TD)
+
+    monkeypatch.setattr(compiled_decode.CompiledDecode, "run", counting)
+    asked = {"num_drafts": lambda position: 1}
+    proposed = []
+    for compile_batch in (0, 4):
+        requests = [
+            Request("right", range(20), propose=right, **asked),
+            Request("wrong", range(20, 40), propose=wrong, **asked),
+        ]
+        runner = make_runner(stage, compile_batch=compile_batch)
+        compiled_rows.clear()
+        run(runner, requests, length)
+        assert [request.ids[:length] for request in requests] == [plain.ids[:length]] * 2
+        assert requests[0].steps < requests[1].steps == plain.steps
+        proposed.append([request.proposed for request in requests])
+    assert proposed[0] == proposed[1]
+    # A token and a draft of both; then one of them goes on alone.
+    assert {4, 2} <= set(compiled_rows)
 
 
 @pytest.mark.usefixtures("traced_only")
