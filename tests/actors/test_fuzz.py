@@ -7,19 +7,20 @@ sent, what they were answered with and how many blocks stayed taken.
 import os
 import sys
 from collections import Counter
-from typing import Any
 
 import grpc
-from google.protobuf import message_factory, symbol_database
-from grpc_health.v1 import health_pb2
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
+from support.admin import Admin, Run
+from support.fuzz_bases import methods
 from support.hostile import hostile
 from support.serving import serving
 
+from dualray.actors.admin_service import ADMIN_SERVICE
 from dualray.actors.grpc_server import SERVICE
 from dualray.actors.vllm_service import VLLM_SERVICE
+from dualray.inference.serve_config import ServeConfig
+from dualray.proto import admin_pb2
 from dualray.proto import inference_pb2 as pb
 
 MESSAGES = int(os.environ.get("FUZZ_MESSAGES", "2000"))
@@ -28,90 +29,14 @@ EXPECTED = {
     "OK",
     "INVALID_ARGUMENT",
     "NOT_FOUND",
+    "ALREADY_EXISTS",
     "UNIMPLEMENTED",
     "RESOURCE_EXHAUSTED",
     "DEADLINE_EXCEEDED",
     "CANCELLED",
+    "FAILED_PRECONDITION",  # modes that the run cannot be in
+    "UNAVAILABLE",  # while it is paused
 }
-
-
-def request(**parameters: int) -> pb.ModelInferRequest:
-    message = pb.ModelInferRequest(model_name="tiny", id="a")
-    text = message.inputs.add(name="text_input", datatype="BYTES", shape=[1])
-    text.contents.bytes_contents.append(b"hello")
-    for name, value in ({"max_tokens": 3} | parameters).items():
-        message.parameters[name].int64_param = value
-    return message
-
-
-def with_json() -> pb.ModelInferRequest:
-    message = request()
-    tensor = message.inputs.add(name="sampling_parameters", datatype="BYTES", shape=[1])
-    tensor.contents.bytes_contents.append(b'{"temperature": 0, "stop": ["x"]}')
-    message.outputs.add(name="logprobs")
-    return message
-
-
-def raw() -> pb.ModelInferRequest:
-    message = pb.ModelInferRequest(model_name="tiny")
-    message.inputs.add(name="text_input", datatype="BYTES", shape=[1])
-    message.raw_input_contents.append(b"\x02\x00\x00\x00ab")
-    message.parameters["max_tokens"].int64_param = 2
-    return message
-
-
-def streamed() -> pb.ModelInferRequest:
-    message = request(n=2)
-    message.inputs.add(name="stream", datatype="BOOL", shape=[1]).contents.bool_contents.append(
-        True
-    )
-    return message
-
-
-def sampling(**values) -> vllm.SamplingParams:
-    """As gateways send them: every field that has no presence is set."""
-    given = {"top_p": 1.0, "repetition_penalty": 1.0, "n": 1, "skip_special_tokens": True} | values
-    return vllm.SamplingParams(**given)
-
-
-INFER = (request(), request(n=2, seed=5), with_json(), raw())
-GENERATE = (
-    vllm.GenerateRequest(text="hello", sampling_params=sampling(max_tokens=3)),
-    vllm.GenerateRequest(text="hello", stream=True, sampling_params=sampling(max_tokens=3, n=2)),
-    vllm.GenerateRequest(
-        request_id="a",
-        tokenized=vllm.TokenizedInput(input_ids=[5, 6, 7]),
-        sampling_params=sampling(max_tokens=2, temperature=0.5, logprobs=2, prompt_logprobs=1),
-    ),
-    vllm.GenerateRequest(text="yes or no", sampling_params=sampling(max_tokens=4, regex="(a|b)+")),
-)
-BASES = {
-    f"/{SERVICE}/ModelInfer": INFER,
-    f"/{SERVICE}/ModelStreamInfer": (*INFER, streamed()),
-    f"/{SERVICE}/ModelReady": (pb.ModelReadyRequest(name="tiny"),),
-    f"/{SERVICE}/ModelMetadata": (pb.ModelMetadataRequest(name="tiny", version="7"),),
-    f"/{SERVICE}/ModelConfig": (pb.ModelConfigRequest(name="tiny"),),
-    f"/{SERVICE}/ModelStatistics": (pb.ModelStatisticsRequest(name="tiny"),),
-    f"/{SERVICE}/RepositoryIndex": (pb.RepositoryIndexRequest(ready=True),),
-    f"/{VLLM_SERVICE}/Generate": GENERATE,
-    f"/{VLLM_SERVICE}/Abort": (vllm.AbortRequest(request_ids=["a"]),),
-    "/grpc.health.v1.Health/Check": (health_pb2.HealthCheckRequest(service=SERVICE),),
-}
-ENDLESS = "/grpc.health.v1.Health/Watch"
-
-
-def methods() -> dict[str, tuple[Any, ...]]:
-    """Good messages of every method that the server has; an empty one where there is no better."""
-    found = {}
-    for name in (SERVICE, VLLM_SERVICE, "grpc.health.v1.Health"):
-        for method in symbol_database.Default().pool.FindServiceByName(name).methods:
-            empty = message_factory.GetMessageClass(method.input_type)()
-            path = f"/{name}/{method.name}"
-            found[path] = BASES.get(path, (empty,))
-    del found[ENDLESS]
-    assert set(BASES) <= set(found), "a method of BASES is misspelt"
-    return found
-
 
 METHODS = methods()
 BIDIRECTIONAL = {f"/{SERVICE}/ModelStreamInfer"}
@@ -121,7 +46,8 @@ ANSWERED_BY_STREAMS = {
 
 # Most messages go where most can go wrong.
 DEEP = [m for m in METHODS if m.endswith(("/ModelInfer", "/ModelStreamInfer", "/Generate"))]
-calls = st.sampled_from([*METHODS, *DEEP * 8]).flatmap(
+ADMIN = [m for m in METHODS if m.startswith(f"/{ADMIN_SERVICE}/")]
+calls = st.sampled_from([*METHODS, *ADMIN * 2, *DEEP * 15]).flatmap(
     lambda method: st.tuples(
         st.just(method), hostile(METHODS[method]), st.sampled_from([None] * 7 + ["cancel"])
     )
@@ -158,38 +84,60 @@ def outcome(method: str, call) -> str:
 
 def test_hostile_messages_are_refused_and_leave_no_block_behind(capsys):
     codes: Counter[str] = Counter()
-    with serving() as served, grpc.insecure_channel(served.target) as channel:
-        free = served.engine.scheduler.free_blocks()
+    # Preemption, drafts and shared blocks take part.
+    with serving(draft_tokens=3, num_blocks=24) as served:
+        beside = Admin(served, ServeConfig(), Run())
+        scheduler = served.engine.scheduler
+        free = scheduler.free_blocks()
+        with (
+            grpc.insecure_channel(served.target) as channel,
+            grpc.insecure_channel(beside.target) as admin,
+        ):
+            resume = admin.unary_unary(f"/{ADMIN_SERVICE}/ResumeGeneration")
+            nothing = admin_pb2.ResumeGenerationRequest().SerializeToString()
 
-        @settings(
-            max_examples=max(1, MESSAGES // PER_EXAMPLE),
-            deadline=None,
-            database=None,
-            derandomize=True,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(st.lists(calls, min_size=PER_EXAMPLE, max_size=PER_EXAMPLE))
-        def send(batch):
-            running = [(m, data, start(channel, m, data, 60.0), how) for m, data, how in batch]
-            for _, _, call, how in running:
-                if how == "cancel":
-                    call.cancel()
-            for method, data, call, _ in running:
-                code = outcome(method, call)
-                codes[code] += 1
-                assert code in EXPECTED, f"{method} answered {code} to {data!r}"
+            @settings(
+                max_examples=max(1, MESSAGES // PER_EXAMPLE),
+                deadline=None,
+                database=None,
+                derandomize=True,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(st.lists(calls, min_size=PER_EXAMPLE, max_size=PER_EXAMPLE))
+            def send(batch):
+                running = []
+                for method, data, how in batch:
+                    to = admin if method.startswith(f"/{ADMIN_SERVICE}/") else channel
+                    running.append((method, data, start(to, method, data, 60.0), how))
+                for *_, call, how in running:
+                    if how == "cancel":
+                        call.cancel()
+                # The admin's first: what they have paused must go on before the others end.
+                running.sort(key=lambda each: not each[0].startswith(f"/{ADMIN_SERVICE}/"))
+                for method, data, call, _ in running:
+                    if not method.startswith(f"/{ADMIN_SERVICE}/"):
+                        resume(nothing, timeout=60.0)
+                    code = outcome(method, call)
+                    codes[code] += 1
+                    assert code in EXPECTED, f"{method} answered {code} to {data!r}"
 
-        send()
-        served.until(lambda: not served.engine.scheduler.num_running)
-        leaked = sum(free.values()) - sum(served.engine.scheduler.free_blocks().values())
-        assert served.engine.scheduler.num_waiting == 0
+            send()
+            resume(nothing, timeout=60.0)
+        served.until(lambda: not scheduler.num_running)
+        scheduler.check_pool()
+        leaked = sum(free.values()) - sum(scheduler.free_blocks().values())
+        assert scheduler.num_waiting == 0
+        num_preempted = scheduler.counts.num_preemptions
+        beside.close()
     sent = sum(codes.values())
     with capsys.disabled():
         seen = ", ".join(f"{code} {count}" for code, count in codes.most_common())
         sys.stdout.write(
-            f"\nfuzz: messages tried {sent}, codes seen {seen}, blocks leaked {leaked}\n"
+            f"\nfuzz: messages tried {sent}, codes seen {seen}, requests preempted "
+            f"{num_preempted}, blocks leaked {leaked}\n"
         )
     assert leaked == 0
     assert sent >= MESSAGES
     assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND"} <= set(codes)
+    assert num_preempted

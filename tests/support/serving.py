@@ -45,6 +45,7 @@ class Served:
         tokenizer: Tokenizer | None = None,
         files: bool = True,
         draft_tokens: int = 0,
+        num_blocks: int = LIMITS.num_blocks,
     ) -> None:
         """Raw bytes without `tokenizer`; with `files` the server can hand its tokenizer out. Drafts
         need an MTP module, without which the model is the same one."""
@@ -53,12 +54,14 @@ class Served:
         config = tiny_config(
             vocab_size=self._tokenizer.vocab_size, num_nextn_predict_layers=modules
         )
-        self.limits = replace(LIMITS, draft_tokens=draft_tokens, draft_modules=modules)
+        self.limits = replace(
+            LIMITS, num_blocks=num_blocks, draft_tokens=draft_tokens, draft_modules=modules
+        )
         self._files = text_side(self._tokenizer, config) if files else None
         stage = StageRunner(
             whole_model(config),
             LocalDispatch(config.n_routed_experts),
-            num_blocks=LIMITS.num_blocks,
+            num_blocks=num_blocks,
             block_size=LIMITS.block_size,
             drafts=draft_tokens > 0,
         )
