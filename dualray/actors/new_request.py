@@ -12,6 +12,9 @@ from dualray.inference.detokenizer import IncrementalText
 from dualray.inference.grammar_matcher import GrammarMatcher
 from dualray.inference.request import Request, SamplingParams, check_token_ids
 
+_NUM_CONTEXT = 8
+"""Tokens of the prompt that a completion's first ones are read behind."""
+
 
 def new_request(
     request_id: str,
@@ -44,5 +47,9 @@ def text_of(request: Request, tokenizer: Tokenizer) -> IncrementalText:
     """Assembles the request's completion."""
     params = request.params
     return IncrementalText(
-        tokenizer, stop=params.stop, include_stop=params.include_stop_str_in_output
+        tokenizer,
+        context=request.prompt_ids[-_NUM_CONTEXT:],
+        stop=params.stop,
+        include_stop=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens,
     )

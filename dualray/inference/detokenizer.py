@@ -12,11 +12,18 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"
 
+_MOST_HALF = 3
+"""Bytes that a UTF-8 character may lack its last of: a decoder makes one U+FFFD of them all, or one
+of each."""
+
+_MOST_PENDING = 24
+"""Ids after which the first half is settled, so that the work for an id stays the same."""
+
 
 class Detokenizer(Protocol):
     """What text assembly needs of a tokenizer."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are no UTF-8 become U+FFFD."""
         ...
 
@@ -24,23 +31,28 @@ class Detokenizer(Protocol):
 class IncrementalText:
     """Assembles one completion's text.
 
-    A decoder replaces a character cut off at the end by exactly one U+FFFD, so the text
-    before a final U+FFFD never changes when more ids come. Ids that gave settled text stay
-    as context for the next piece, because some tokenizers decode an id differently at the
-    beginning of a text.
+    Text before up to three final U+FFFD, which may become a character yet, never changes when more
+    ids come. Ids that gave settled text stay as context for the next piece, because some
+    tokenizers decode an id differently at the beginning of a text: at first those are `context`,
+    the prompt's last.
     """
 
     def __init__(
         self,
         detokenizer: Detokenizer,
         *,
+        context: Sequence[int] = (),
         stop: Sequence[str] = (),
         include_stop: bool = False,
+        skip_special_tokens: bool = True,
     ) -> None:
         self._detokenizer = detokenizer
         self._stop = tuple(stop)
         self._include_stop = include_stop
-        self._context: list[int] = []
+        self._skips = skip_special_tokens
+        self._context: list[int] = list(context)
+        if self._decode(self._context).endswith(REPLACEMENT):
+            self._context = []  # half a character of the prompt is no text to go on from
         self._pending: list[int] = []
         self._given = 0  # characters of the pending ids' text that are in _held already
         self._held = ""  # settled text that may be the beginning of a stop string
@@ -53,12 +65,14 @@ class IncrementalText:
         """
         assert self.matched_stop is None
         self._pending.append(token_id)
-        text = self._pending_text()
-        settled = text[:-1] if text.endswith(REPLACEMENT) else text
+        text = self._text_behind(self._context, self._pending)
+        settled = _settled(text)
         fresh = settled[self._given :]
-        self._given = len(settled)
+        self._given = max(self._given, len(settled))
         if settled == text and text:
             self._context, self._pending, self._given = self._pending, [], 0
+        elif len(self._pending) > _MOST_PENDING:
+            self._settle_first(text)
         return self._show(fresh, check_stop)
 
     def finish(self) -> str:
@@ -68,12 +82,26 @@ class IncrementalText:
         rest, self._held = self._held, ""
         return rest
 
-    def _pending_text(self) -> str:
-        """Text that the pending ids add to the context's."""
-        if not self._context:
-            return self._detokenizer.decode(self._pending)
-        before = self._detokenizer.decode(self._context)
-        return self._detokenizer.decode(self._context + self._pending)[len(before) :]
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._detokenizer.decode(ids, skip_special_tokens=self._skips)
+
+    def _text_behind(self, context: list[int], ids: list[int]) -> str:
+        """Text that the ids add to the context's."""
+        before, whole = self._decode(context), self._decode(context + ids)
+        # A run of byte tokens with one that is wrong becomes U+FFFD as a whole.
+        return whole[len(before) :] if whole.startswith(before) else self._decode(ids)
+
+    def _settle_first(self, text: str) -> None:
+        """Makes context of the first pending ids, if their text has been given.
+
+        The last half is more than what three U+FFFD can be made of.
+        """
+        half = _MOST_PENDING // 2
+        first, last = self._pending[:-half], self._pending[-half:]
+        known = self._text_behind(self._context, first)
+        if len(known) <= self._given and text.startswith(known):
+            self._context, self._pending = first, last
+            self._given -= len(known)
 
     def _show(self, fresh: str, check_stop: bool) -> str:
         text = self._held + fresh
@@ -97,3 +125,9 @@ def _overlap(text: str, stop: str) -> int:
         if stop.startswith(text[-length:]):
             return length
     return 0
+
+
+def _settled(text: str) -> str:
+    """All but up to three final U+FFFD."""
+    least = max(0, len(text) - _MOST_HALF)
+    return text[: max(least, len(text.rstrip(REPLACEMENT)))]

@@ -1,13 +1,16 @@
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from dualray.inference.detokenizer import IncrementalText
+from dualray.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
+from dualray.inference.detokenizer import REPLACEMENT, IncrementalText
 
 
 class Bytes:
     """An id is a byte."""
 
-    def decode(self, ids):
+    def decode(self, ids, *, skip_special_tokens=True):
         return bytes(ids).decode("utf-8", errors="replace")
 
 
@@ -17,7 +20,7 @@ class Pieces:
     def __init__(self, *pieces):
         self.pieces = pieces
 
-    def decode(self, ids):
+    def decode(self, ids, *, skip_special_tokens=True):
         return "".join(self.pieces[i] for i in ids).removeprefix(" ")
 
 
@@ -100,3 +103,155 @@ def test_a_stop_string_cuts_where_the_whole_text_has_it(whole, stop):
             break
     given += text.finish()
     assert given == whole.split(stop)[0]
+
+
+def json_tokenizer(inner: Tokenizer, end: str = "</s>") -> JsonTokenizer:
+    inner.add_special_tokens([end])
+    return JsonTokenizer(inner.to_str().encode(), end)
+
+
+def byte_level() -> JsonTokenizer:
+    """Pairs are merged anywhere, inside of characters too."""
+    return train_bpe(["the cat \U0001f468\u200d\U0001f469 e\u0301 \u20ac\u20ad the"] * 3, 275)
+
+
+def byte_fallback() -> JsonTokenizer:
+    """As SentencePiece's: words begin with a mark, and what is unknown is spelled in bytes."""
+    words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "t", "h", "e", "th", "the"]
+    words += ["\u2581the", "\u20ac"]
+    merges = [("t", "h"), ("th", "e"), ("\u2581", "the")]
+    inner = Tokenizer(
+        models.BPE(
+            vocab={word: i for i, word in enumerate(words)},
+            merges=merges,
+            byte_fallback=True,
+            unk_token="<unk>",
+        )
+    )
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    inner.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return json_tokenizer(inner)
+
+
+def word_piece() -> JsonTokenizer:
+    words = ["[UNK]", "the", "cat", "##s", "s", ".", "'", "\u20ac"]
+    inner = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece(cleanup=True)
+    return json_tokenizer(inner)
+
+
+TOKENIZERS = {
+    "bytes": ByteTokenizer(),
+    "byte level": byte_level(),
+    "byte fallback": byte_fallback(),
+    "word pieces": word_piece(),
+}
+texts = st.lists(
+    st.one_of(
+        st.sampled_from(
+            ["the", " the", "cats", ".", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "e\u0301"]
+        ),
+        st.sampled_from(["\u20ac", "\u20ad", "\U0001f1e9\U0001f1ea", " ", "\n", "\u0e33", "'s"]),
+        st.text(st.characters(codec="utf-8", exclude_characters=REPLACEMENT), max_size=3),
+    ),
+    max_size=8,
+).map("".join)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None)
+@given(whole=texts)
+def test_pieces_of_a_text_are_whole_characters_and_make_it(name, whole):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(whole)
+    text = IncrementalText(tokenizer)
+    pieces = [text.push(i) for i in ids]
+    assert "".join(pieces) + text.finish() == tokenizer.decode(ids)
+    assert not any(REPLACEMENT in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None)
+@given(whole=texts, data=st.data())
+def test_a_completion_goes_on_where_its_prompt_ends(name, whole, data):
+    """Spaces between the two are not lost, and what was cut inside of a character is dropped."""
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(whole)
+    cut = data.draw(st.integers(0, len(ids)))
+    prompt = tokenizer.decode(ids[:cut])
+    text = IncrementalText(tokenizer, context=ids[:cut])
+    given = "".join(text.push(i) for i in ids[cut:]) + text.finish()
+    if not prompt.endswith(REPLACEMENT):
+        assert prompt + given == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["bytes", "byte level"])
+@settings(deadline=None)
+@given(data=st.data())
+def test_any_ids_make_the_text_of_all_of_them(name, data):
+    tokenizer = TOKENIZERS[name]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=60))
+    text = IncrementalText(tokenizer)
+    given = "".join(text.push(i) for i in ids) + text.finish()
+    whole = tokenizer.decode(ids)
+    # At the end up to three may have been waiting for the rest of a character.
+    assert whole.startswith(given)
+    assert set(whole[len(given) :]) <= {REPLACEMENT}
+    assert len(whole) - len(given) <= 3
+
+
+@settings(deadline=None)
+@given(some=st.lists(st.integers(33, 255), max_size=40))  # a space in front would be dropped
+def test_byte_tokens_never_lose_a_character_to_a_wrong_neighbour(some):
+    """transformers makes U+FFFD of a whole run of byte tokens that has one wrong byte."""
+    tokenizer = TOKENIZERS["byte fallback"]
+    text = IncrementalText(tokenizer)
+    given = "".join(text.push(1 + byte) for byte in some) + text.finish()
+    valid = bytes(some).decode(errors="ignore")
+    shown = given.replace(REPLACEMENT, "")
+    assert len(shown) <= len(valid)
+    try:
+        assert given == bytes(some).decode()
+    except UnicodeDecodeError:
+        assert all(character in valid for character in shown)
+
+
+def test_work_for_an_id_stays_the_same():
+    class Counting(Bytes):
+        longest = 0
+
+        def decode(self, ids, *, skip_special_tokens=True):
+            self.longest = max(self.longest, len(ids))
+            return super().decode(ids)
+
+    for some in (b"\xff", b"\x80\xff", b"\xe2\x82\xff", b"\xf0\x9f\x98", b"\xe2\x82\xacx"):
+        tokenizer = Counting()
+        text = IncrementalText(tokenizer)
+        given = "".join(text.push(byte) for byte in some * 100) + text.finish()
+        whole = (some * 100).decode(errors="replace")
+        assert given.rstrip(REPLACEMENT) == whole.rstrip(REPLACEMENT)
+        assert len(given) >= len(whole) - 3
+        assert tokenizer.longest < 60
+    silent = Counting()
+    silent.decode = lambda ids, **_: setattr(silent, "longest", max(silent.longest, len(ids))) or ""
+    text = IncrementalText(silent)
+    assert "".join(text.push(0) for _ in range(200)) == ""
+    assert silent.longest < 60
+
+
+def test_special_tokens_are_shown_on_request():
+    for tokenizer in (ByteTokenizer(), byte_level()):
+        ids = [*tokenizer.encode("ab"), tokenizer.eos_id, *tokenizer.encode("c")]
+        for skips, whole in ((True, "abc"), (False, "ab<|endoftext|>c")):
+            text = IncrementalText(tokenizer, skip_special_tokens=skips)
+            assert "".join(text.push(i) for i in ids) + text.finish() == whole
