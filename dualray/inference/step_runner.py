@@ -65,8 +65,7 @@ class PipelineTransport:
         assert source is not None, "the first stage receives nothing"
         if source[0] == self._rank:
             return self._handed[direction].popleft()
-        incoming = self._links.post(FORWARD, direction, shape, dtype, self._device, source[0])
-        return self._links.wait(incoming)
+        return self._links.receive(FORWARD, direction, shape, dtype, self._device, source[0])
 
     def drain(self) -> None:
         self._links.drain()
