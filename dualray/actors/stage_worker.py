@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -236,7 +237,7 @@ class StageWorker:
                 num_blocks=limits.num_blocks,
                 block_size=limits.block_size,
                 compile_batch=compile_batch,
-                drafts=limits.draft_tokens > 0,
+                draft_modules=limits.draft_modules,
                 invariant=batch_invariant,
             )
             for direction, stage in enumerate(trainer.schedule.stage_of[trainer.at.pipeline])
@@ -262,7 +263,9 @@ class StageWorker:
         """Let the engine on that node send plans, none but it; see `PlanDoor`."""
         self._close_plans()
         host = "127.0.0.1" if engine_node == self.node else self.node
-        self._door = PlanDoor(host, self.run_plan)
+        # OpenMP would count a new thread's threads by the environment.
+        prepare = partial(torch.set_num_threads, self.spec.threads)
+        self._door = PlanDoor(host, self.run_plan, prepare=prepare)
         return self._door.at
 
     def _close_plans(self) -> None:

@@ -51,6 +51,7 @@ from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBat
 from dualray.inference.plan import Sampled, SampleSpec, SequencePlan
 from dualray.inference.sampler import choose
 from dualray.model.context import ExpertDispatch, ForwardContext
+from dualray.model.mtp import MtpModule
 from dualray.model.stage import Stage
 
 
@@ -146,14 +147,20 @@ class _Walk:
 
 
 class Drafter:
-    """The MTP modules of a last stage over its cache, which holds their layers too.
+    """MTP modules of a last stage over its cache, which holds their layers too.
 
     `dispatch` is the direction's own.
     """
 
-    def __init__(self, stage: Stage, cache: LatentCache, dispatch: ExpertDispatch) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        modules: Sequence[MtpModule],
+        cache: LatentCache,
+        dispatch: ExpertDispatch,
+    ) -> None:
         self._stage, self._cache, self._dispatch = stage, cache, dispatch
-        self._modules = stage.mtp_modules()
+        self._modules = modules
 
     def propose(
         self,

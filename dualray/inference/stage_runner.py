@@ -38,8 +38,9 @@ class StageRunner:
     `dispatch` is the direction's own. A stage that gets no sequences still runs its layers
     on zero tokens: the other expert ranks wait for it in every exchange. Steps that run up to
     `compile_batch` rows, each of which chooses a token, are compiled here, once, which takes
-    minutes; 0 for none. With `drafts` a last stage also caches what its MTP modules need. With
-    `invariant` a request gets the same bits whatever runs beside it (`batch_invariant`).
+    minutes; 0 for none. A last stage drafts with its first `draft_modules` MTP modules, each of
+    which has a cache like a layer's. With `invariant` a request gets the same bits whatever runs
+    beside it (`batch_invariant`).
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class StageRunner:
         num_blocks: int,
         block_size: int,
         compile_batch: int = 0,
-        drafts: bool = False,
+        draft_modules: int = 0,
         invariant: bool = False,
     ) -> None:
         assert not (compile_batch and invariant), "a compiled step has few rows"
@@ -59,16 +60,16 @@ class StageRunner:
         self.device, self.dtype = weight.device, weight.dtype
         self._dispatch = dispatch
         self._invariant, self._padding_block = invariant, num_blocks
-        mtp = [module.layer for module in stage.mtp_modules()] if drafts and stage.is_last else []
+        modules = stage.mtp_modules()[:draft_modules] if stage.is_last else []
         self.cache = LatentCache(
-            [*stage.layer_range, *mtp],
+            [*stage.layer_range, *(module.layer for module in modules)],
             num_blocks=num_blocks + (compile_batch > 0 or invariant),
             block_size=block_size,
             row_dim=stage.config.cache_dim,
             dtype=self.dtype,
             device=self.device,
         )
-        self._drafter = Drafter(stage, self.cache, dispatch) if mtp else None
+        self._drafter = Drafter(stage, modules, self.cache, dispatch) if modules else None
         self._compiled: CompiledDecode | None = None
         if compile_batch:
             self._compiled = CompiledDecode(

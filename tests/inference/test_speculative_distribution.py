@@ -38,7 +38,7 @@ def drawn(draft_tokens: int, temperature: float) -> tuple[list[tuple[int, ...]],
         LocalDispatch(STAGE.config.n_routed_experts),
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
-        drafts=draft_tokens > 0,
+        draft_modules=limits.draft_modules,
     )
     params = SamplingParams(max_tokens=LAST + 2, temperature=temperature)
     waiting = [

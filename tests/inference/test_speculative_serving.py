@@ -53,7 +53,7 @@ def serve(
         LocalDispatch(STAGE.config.n_routed_experts),
         num_blocks=values.num_blocks,
         block_size=values.block_size,
-        drafts=draft_tokens > 0,
+        draft_modules=values.draft_modules,
     )
     said: dict[str, list[Progress]] = {}
     for request in requests:

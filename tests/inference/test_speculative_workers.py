@@ -81,7 +81,7 @@ def serve(rank: int, ports):
                 trainer.dispatches[direction],
                 num_blocks=LIMITS.num_blocks,
                 block_size=LIMITS.block_size,
-                drafts=True,
+                draft_modules=2,
             )
             for direction, stage in enumerate(trainer.schedule.stage_of[trainer.at.pipeline])
         }

@@ -45,7 +45,7 @@ class Completing:
             dispatch,
             num_blocks=limits.num_blocks,
             block_size=limits.block_size,
-            drafts=limits.draft_tokens > 0,
+            draft_modules=limits.draft_modules,
             invariant=invariant,
         )
         self._walk = StepRunner(replica=0, expert=0, stages={0: runner})

@@ -27,7 +27,7 @@ def spec(position: int, *, temperature=0.0, seed=3) -> SampleSpec:
 
 def make_runner(stage: Stage, **options) -> StageRunner:
     dispatch = LocalDispatch(stage.config.n_routed_experts)
-    values = {"num_blocks": 40, "block_size": BLOCK, "drafts": True} | options
+    values = {"num_blocks": 40, "block_size": BLOCK, "draft_modules": 2} | options
     return StageRunner(stage, dispatch, **values)
 
 
@@ -102,7 +102,7 @@ def run(runner: StageRunner, requests: Sequence[Request], length: int) -> None:
 def plain(stage: Stage, length: int, **sampling) -> list[int]:
     """Tokens without a draft."""
     request = Request("plain", range(20), **sampling)
-    runner = make_runner(stage, drafts=False)
+    runner = make_runner(stage, draft_modules=0)
     while len(request.ids) < length:
         said = runner.run([request.plan()], None).sampled
         request.take(said)

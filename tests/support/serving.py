@@ -63,7 +63,7 @@ class Served:
             LocalDispatch(config.n_routed_experts),
             num_blocks=num_blocks,
             block_size=LIMITS.block_size,
-            drafts=draft_tokens > 0,
+            draft_modules=modules,
         )
         self._walk = StepRunner(replica=0, expert=0, stages={0: stage})
         self._max_request_s = max_request_s

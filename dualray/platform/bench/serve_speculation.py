@@ -117,7 +117,7 @@ class Side:
             LocalDispatch(config.n_routed_experts),
             num_blocks=blocks,
             block_size=_BLOCK_SIZE,
-            drafts=drafts,
+            draft_modules=limits.draft_modules,
         )
 
     def answer(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> _Answers:

@@ -46,7 +46,7 @@ def _costs(
         LocalDispatch(trained.stage.config.n_routed_experts),
         num_blocks=batch * blocks,
         block_size=_BLOCK_SIZE,
-        drafts=True,
+        draft_modules=1,
     )
     ids = trained.dataset.tokens("heldout", 0, context + 8).tolist()
     steps = {shape: _plans(batch, ids, context, blocks, *shape) for shape in SHAPES}
