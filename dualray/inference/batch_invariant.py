@@ -15,7 +15,10 @@ rows before it alone:
 Measured with torch 2.13 on a Zen 4 CPU, 1 and 2 threads, fp32 and bf16, with widths from 8 to
 30000: linear layers, batched products and experts gave each row the same bits for every multiple
 of 16 up to 512, and fp32 ones other bits below. Norms, softmax, sums, top-k and gated sums gave
-the same bits for every count. The bits still depend on the number of threads.
+the same bits for every count. The bits still depend on the number of threads. What it costs: 16
+requests of 256 + 32 tokens ran at 0.84 (fp32) and 0.68 (bf16) times the tokens per second of CPU
+time, one at 0.67 and 0.73, prompts of 1000 tokens at 0.86 to 1 (4 layers, 256 wide, 16 experts,
+one thread).
 
 T rows of a step, D model.
 """
