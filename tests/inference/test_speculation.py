@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -209,6 +210,31 @@ def test_right_drafts_save_as_many_steps_as_they_can():
     # One token of the prompt's step, then two or four a step.
     assert steps_for(1, 1) == 1 + 12
     assert steps_for(3, 3) == 1 + 6
+
+
+@pytest.mark.parametrize("num_blocks", [7, 30])
+def test_blocks_that_others_have_filled_hold_no_module_rows_of_ones_own(num_blocks):
+    """Equal prompts that come together run once: behind what was found the modules begin anew."""
+    limits = Limits(
+        num_blocks=num_blocks,
+        block_size=BLOCK,
+        max_batch=3,
+        max_context=28,
+        max_step_tokens=4,
+        draft_tokens=2,
+        draft_modules=1,
+    )
+    scheduler = Scheduler(owners=owners(1, 1, 1), limits=limits, eos_id=None)
+    stage = NumberStage(modules=1, right=2)
+    prompt, params = tuple(range(1, 14)), SamplingParams(max_tokens=8, ignore_eos=True)
+    for name in "abc":
+        scheduler.add(Request(request_id=name, prompt_ids=prompt, params=params, seed=1))
+    said: dict[str, list[int]] = {name: [] for name in "abc"}
+    while (plan := scheduler.plan()) is not None:
+        for progress in scheduler.apply(stage.run(plan)):
+            said[progress.request_id].append(progress.sampled.token_id)
+    assert list(said.values()) == [alone(prompt, params, 28)] * 3
+    assert scheduler.counts.prefix_hits > 0
 
 
 def asking(speculation: Speculation, start: int, stop: int, **changes):

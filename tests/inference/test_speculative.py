@@ -83,6 +83,10 @@ def test_modules_attend_from_the_windows_first_position_on():
     request = Request("a", range(20), parts=(3, 7), window=window, num_drafts=lambda position: 1)
     run(runner, [request], 30)
     module, rope = stage.mtp_modules()[0], stage.rope
+    rows = runner.cache.layers[module.layer].isnan().all(-1).flatten()
+    # In front of the window there may be blocks of others, whose modules have run them.
+    assert rows[:window].all()
+    assert not rows[window : request.num_run].any()
     for length, drafts in request.proposed:
         ids = torch.tensor(request.ids[:length])
         ctx = training_context(stage.config, (length - 1,))

