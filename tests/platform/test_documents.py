@@ -12,7 +12,7 @@ import yaml
 from dualray.platform.run_file import parse_run_file
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/serving.md"]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
