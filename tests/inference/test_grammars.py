@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from dualray.actors.vllm_tokenizer import byte_level_json
@@ -12,7 +14,7 @@ from dualray.data.tokenizer import train_bpe
 from dualray.errors import RequestError
 from dualray.inference.grammars import Grammars, grammar_failure
 from dualray.inference.request import SamplingParams
-from dualray.inference.structured_outputs import StructuredOutputs
+from dualray.inference.structured_outputs import StructuredOutputs, read_structured_outputs
 from dualray.inference.token_history import TokenHistory
 from dualray.inference.token_masks import ids_in, mask_of, without
 
@@ -119,6 +121,55 @@ def test_what_looks_hostile_and_is_not_goes_on(name):
             break
         assert matcher.accept(tokens[len(tokens) // 2])
     assert matcher.error is None
+
+
+PIECES = 'start: |root ::=|"x"|/a+/|{1,3}|%json {}|<[256]>|%ignore /b/|%import common.INT|a:|lazy'
+KEYWORDS = (
+    "type properties required items pattern enum const anyOf allOf oneOf $ref $defs a minimum "
+    "maxLength minItems additionalProperties patternProperties multipleOf x-guidance"
+)
+words = st.lists(
+    st.sampled_from([*"ab.()[]{}*+?|\\^$,0123:<!&~ \n\ud800", *PIECES.split("|")]), max_size=14
+).map("".join)
+some_json = st.recursive(
+    st.one_of(
+        st.sampled_from(["string", "object", "#", "#/$defs/a", "(a", "date", "a|b*", "\ud800"]),
+        st.sampled_from([None, True, 0, -1, 2**64, -(10**40), 1e308, 1e-9]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(KEYWORDS.split()),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=10,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    wanted=st.one_of(
+        st.builds(lambda schema: {"json": schema}, some_json),
+        st.builds(lambda text: {"regex": text}, words),
+        st.builds(lambda text: {"grammar": text}, words),
+        st.builds(lambda text: {"json_object": True, "whitespace_pattern": text}, words),
+        st.builds(lambda texts: {"choice": texts}, st.lists(words, max_size=3)),
+    )
+)
+def test_whatever_callers_write_is_compiled_or_refused(wanted):
+    try:
+        what = read_structured_outputs("structured_outputs", wanted)
+        assert what is not None
+        matcher = BYTES.compile(what)
+    except RequestError:
+        return
+    for _ in range(10):
+        token = next(ids_in(matcher.allowed()), None)
+        if token is None or matcher.is_complete or matcher.error is not None:
+            break
+        assert matcher.accept(token)
 
 
 def test_states_are_not_shared_by_completions():
