@@ -220,6 +220,17 @@ def test_after_training_it_pauses_and_serves_but_trains_no_more(run_of, fakes) -
     assert [row["came_from"] for row in events_of("paused")] == ["serve"]
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_workers_are_told_how_to_serve(run_of, fakes, invariant: bool) -> None:
+    told = []
+    fakes[0].before["start_serving"] = lambda limits, *how: told.append(how)
+    run = run_of(batch_invariant=invariant)
+    run.start()
+    run.until_states(3)
+    run.end()
+    assert told == [(0, invariant)]
+
+
 def test_a_port_that_is_taken_does_not_end_training(run_of, fakes) -> None:
     fakes[1].refused = RayTaskError(
         "start", "a remote traceback", ResourceError("serve.port is 5", hint="choose another")
