@@ -49,10 +49,19 @@ class Door:
 
 
 class PlanDoor:
-    """The worker's side. `run` is called with every plan, on one thread of this object."""
+    """The worker's side. `run` is called with every plan, on one thread of this object.
 
-    def __init__(self, host: str, run: Callable[[StepPlan], Any]) -> None:
-        self._run = run
+    `prepare` is called once before, for settings that a thread has for itself.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        run: Callable[[StepPlan], Any],
+        *,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._run, self._prepare = run, prepare
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listening = socket.create_server((host, 0), family=family)
         self._connection: socket.socket | None = None
@@ -74,6 +83,7 @@ class PlanDoor:
         self._thread.join()
 
     def _serve(self) -> None:
+        self._prepare()
         with self._listening:
             while (connection := self._accepted()) is not None:
                 with connection:
@@ -233,7 +243,7 @@ class _End(asyncio.Protocol):
 
     def close(self) -> None:
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()  # nothing that waits to be sent matters any more
 
 
 def _fail(whole: asyncio.Future[list[Any]], error: RunError) -> None:

@@ -60,6 +60,25 @@ def test_every_worker_runs_every_plan_and_answers_come_by_rank():
     assert answers == [[("a" * 200_000, step), step] for step in (1, 2, 3)]
 
 
+def test_the_thread_that_runs_plans_is_prepared_once():
+    threads = []
+
+    def note(*plans):
+        threads.append((len(plans), threading.get_ident()))
+
+    async def scenario(door):
+        channels = await connected([door])
+        for number in (1, 2):
+            await channels.run(plan(number))
+        channels.close()
+
+    door = PlanDoor("127.0.0.1", note, prepare=note)
+    asyncio.run(scenario(door))
+    door.close()
+    assert [count for count, _ in threads] == [0, 1, 1]
+    assert len({thread for _, thread in threads}) == 1
+
+
 def test_who_does_not_know_the_secret_is_turned_away():
     ran = []
     with doors(ran.append) as (door,):

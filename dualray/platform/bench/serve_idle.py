@@ -47,8 +47,13 @@ class IdleCase:
 def idle_shares(
     config: ModelConfig, cases: Sequence[IdleCase], *, repeats: int
 ) -> list[dict[str, Any]]:
-    """For each case one group, and as many as the engine would choose."""
-    return [_idle_share(config, case, repeats) for case in cases]
+    """For each case one group, and as many as the engine would choose. On one torch thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [_idle_share(config, case, repeats) for case in cases]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _idle_share(config: ModelConfig, case: IdleCase, repeats: int) -> dict[str, Any]:
@@ -111,10 +116,11 @@ def _stage_seconds(
             shape = (tokens, stage.stage.config.hidden_size)
             # Different rows, which choose different experts.
             hidden_TD = None if stage.stage.is_first else torch.randn(shape)
-            started = time.perf_counter()
+            # Processor time: whatever else runs on the machine does not count.
+            started = time.thread_time()
             stage.run(sequences, hidden_TD)
             if number:
-                seconds.append(time.perf_counter() - started)
+                seconds.append(time.thread_time() - started)
     return statistics.median(seconds)
 
 

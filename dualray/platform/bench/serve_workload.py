@@ -36,7 +36,7 @@ class Workload:
     max_batch: int = 256
     idle: tuple[IdleCase, ...] = field(
         default=(
-            IdleCase(words="64 decode", num_ranks=4, num_sequences=64, num_new=1, context=300),
+            IdleCase(words="256 decode", num_ranks=4, num_sequences=256, num_new=1, context=300),
             IdleCase(words="8 prompts", num_ranks=4, num_sequences=8, num_new=256, context=0),
         )
     )
