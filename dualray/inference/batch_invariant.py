@@ -28,14 +28,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualray.errors import ConfigError
 from dualray.inference.plan import SequencePlan
 from dualray.model.context import Dispatched, ExpertDispatch, Routing
 
 ROWS = 16
 """Rows are padded to a multiple of this."""
+
+
+def check_device(device: torch.device) -> None:
+    """Raises ConfigError where the mode would promise what nobody has measured."""
+    if device.type != "cpu":
+        raise ConfigError(
+            f"serve.batch_invariant is true and the workers compute on {device.type}, where "
+            "products of other numbers of rows come from other kernels",
+            hint="leave serve.batch_invariant out, or serve on CPUs",
+        )
 
 
 def pad_rows(x_ND: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class ServeConfig:
     minute for each power of two up to it; at most 16, 0 for none. Faster for small batches."""
     batch_invariant: bool = False
     """Give a request the same tokens and log-probabilities, to the last bit, whatever runs beside
-    it, at 0.7 to 1 times the tokens a second. Other numbers of torch threads give other bits."""
+    it, at 0.7 to 1 times the tokens a second. For CPUs; the bits depend on threads."""
     draft_tokens: int | None = None
     """Most tokens that the model's MTP modules draft behind a sequence in a step, 0 to 8; what the
     model itself would say is kept of them, so that only the time changes. Fewer are drafted where

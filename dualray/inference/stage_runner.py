@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dualray.inference.batch_invariant import ROWS, RealRowsDispatch, one_row_each, pad_rows
+from dualray.inference.batch_invariant import (
+    ROWS,
+    RealRowsDispatch,
+    check_device,
+    one_row_each,
+    pad_rows,
+)
 from dualray.inference.compiled_decode import CompiledDecode
 from dualray.inference.latent_cache import LatentCache, PagedAttention, PagedBatch
 from dualray.inference.plan import PromptScored, Sampled, SampleSpec, SequencePlan
@@ -60,6 +66,8 @@ class StageRunner:
         self.device, self.dtype = weight.device, weight.dtype
         self._dispatch = dispatch
         self._invariant, self._padding_block = invariant, num_blocks
+        if invariant:
+            check_device(self.device)
         modules = stage.mtp_modules()[:draft_modules] if stage.is_last else []
         self.cache = LatentCache(
             [*stage.layer_range, *(module.layer for module in modules)],
