@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from support.completing import Completed, Completing
 from support.models import attention_changes, tiny_config, whole_model
 
+from dualray.errors import ConfigError
 from dualray.inference.batch_invariant import ROWS, pad_rows
 from dualray.inference.limits import Limits
 from dualray.inference.request import Request, SamplingParams
@@ -134,3 +135,14 @@ def test_what_padding_is_for(width):
     assert all(torch.equal(first(n), first(1)) for n in (1, 2, 15, 16, 17, 33, 100, 200))
     assert len(pad_rows(x[:17])) == 2 * ROWS
     assert len(pad_rows(x[:0])) == 0
+
+
+def test_other_devices_are_refused():
+    stage = whole_model(tiny_config()).to("meta")
+    with pytest.raises(ConfigError) as raised:
+        Completing(stage, ROOMY, invariant=True)
+    assert str(raised.value) == (
+        "serve.batch_invariant is true and the workers compute on meta, where products of other "
+        "numbers of rows come from other kernels; leave serve.batch_invariant out, or serve on "
+        "CPUs."
+    )
