@@ -11,8 +11,6 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,12 +29,12 @@ from dualray.platform.bench.serve_requests import (
     equal_requests,
     num_tokens,
 )
+from dualray.platform.bench.serve_speculation import speculation_rows
 from dualray.platform.bench.serve_steps import busy_shares, step_overhead
 from dualray.platform.bench.serve_streams import hold_streams
 from dualray.platform.bench.serve_workload import Workload
 
 Say = Callable[[str], None]
-_SPECULATION = "dualray.platform.bench.serve_speculation"
 
 
 def compare_serving(
@@ -100,10 +98,7 @@ def compare_serving(
         rows += _four_workers(load, batch, mix, server, on_part)
     on_part("stages of a deep pipeline")
     rows += idle_shares(model, load.idle, repeats=load.idle_repeats)
-    if find_spec(_SPECULATION) is not None:
-        on_part("speculation")
-        rows += import_module(_SPECULATION).speculation_rows(on_part, quick=load.quick)
-    return rows
+    return [*rows, *speculation_rows(on_part, quick=load.quick)]
 
 
 def over_grpc(server: Server, requests: Sequence[BenchRequest]) -> list[Answer]:

@@ -60,7 +60,7 @@ class SpeculationCase:
 FULL = SpeculationCase()
 QUICK = SpeculationCase(
     corpus="python-stdlib",
-    num_files=5,
+    num_files=20,
     preset="tiny",
     vocabulary="bytes",
     train_steps=2,
