@@ -29,6 +29,9 @@ _DRIFT = 1 / 512
 """Share of the way back to EXPECTED that an estimate without verdicts goes in a step."""
 _EVERY = 8
 """Steps between two choices while as many sequences run."""
+_RELUCTANCE = 0.97
+"""What the speed without drafts must beat theirs by before they stop, as its inverse: the modules'
+window begins anew afterwards, and measured costs waver."""
 _DOUBT = 0.1
 """Relative standard deviation of what the other choice, drafts or none, is thought to cost, from
 which on it is made for once to see."""
@@ -99,8 +102,9 @@ class DraftLengths:
             return
         count = len(sequences)
         self._steps_left, self._num_sequences = _EVERY, count
+        plain = _RELUCTANCE if self._passes else 1.0
         self._passes, self._least_gain = best_length(
-            [own.gains() for own in sequences], self.costs, lanes
+            [own.gains() for own in sequences], self.costs, lanes, plain=plain
         )
         if self._passes and self.costs.doubt(count, 0) > _DOUBT:
             self._passes, self._steps_left = 0, 1
@@ -114,16 +118,16 @@ class DraftLengths:
 
 
 def best_length(
-    gains: Sequence[Sequence[float]], costs: StepCosts, lanes: int
+    gains: Sequence[Sequence[float]], costs: StepCosts, lanes: int, *, plain: float = 1.0
 ) -> tuple[int, float]:
     """(passes, least gain that is worth a row) with the most tokens a second.
 
     `gains[i][k]` of sequence i's draft k fall with k. At the best speed a row is worth its while if
-    it alone makes tokens as fast.
+    it alone makes tokens as fast. The speed without drafts counts `plain` times.
     """
     n = len(gains)
     row_seconds = costs.seconds(1, 0) - costs.seconds(0, 0)
-    best = n / costs.seconds(n, 0) if n else 0.0
+    best = plain * n / costs.seconds(n, 0) if n else 0.0
     choice = 0
     for passes in range(1, max(map(len, gains), default=0) + 1):
         rows, tokens = n, float(n)
