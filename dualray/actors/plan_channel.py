@@ -9,15 +9,15 @@ end.
 A worker opens a `PlanDoor`, a thread that runs the plans of one engine, one after another. The
 engine learns through Ray where it is, and the secret with which whoever knocks must begin; behind
 it both sides are of one run and trust each other's pickles, as Ray's do. An engine that has gone
-closes the door. Ray's other calls to a worker stay possible; those that use its process groups are
-made between steps, as a group must be issued from one thread at a time.
+closes the door, and a worker whose node has vanished is lost after half a minute. Ray's other
+calls to a worker stay possible; those that use its process groups are made between steps, as a
+group must be issued from one thread at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import pickle
 import secrets
 import socket
@@ -29,12 +29,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dualray.actors.error_words import error_words
+from dualray.actors.plan_knocks import ask_whether_there, first_with_secret
 from dualray.errors import RunError
 from dualray.inference.plan import StepPlan
 
 _HEADER = struct.Struct("<IQ")
 """Bytes of the body, and the step."""
-_KNOCK_WITHIN_S = 30.0
+_REACH_WITHIN_S = 30.0
 _REASON_WITHIN_S = 0.5
 """When a worker dies its peers fail too, with a closed connection; the death is the news."""
 
@@ -66,7 +67,7 @@ class PlanDoor:
         self._listening = socket.create_server((host, 0), family=family)
         self._connection: socket.socket | None = None
         self._closing = threading.Lock()
-        self._is_closed = False
+        self._closed = threading.Event()
         port = self._listening.getsockname()[1]
         self.at = Door(host=host, port=port, secret=secrets.token_bytes(32))
         self._thread = threading.Thread(target=self._serve, name="plans", daemon=True)
@@ -75,7 +76,7 @@ class PlanDoor:
     def close(self) -> None:
         """Refuses further plans; a step that is under way ends, and is answered, first."""
         with self._closing:
-            self._is_closed = True
+            self._closed.set()
             # Closing alone would not wake a thread that waits.
             _shut_down(self._listening, socket.SHUT_RDWR)
             if self._connection is not None:
@@ -85,33 +86,17 @@ class PlanDoor:
     def _serve(self) -> None:
         self._prepare()
         with self._listening:
-            while (connection := self._accepted()) is not None:
-                with connection:
-                    if self._knocks_rightly(connection):
-                        self._answer(connection)
-                        return
-
-    def _accepted(self) -> socket.socket | None:
-        try:
-            connection, _ = self._listening.accept()
-        except OSError:
-            return None
-        with self._closing:
-            self._connection = connection
-            if self._is_closed:
-                connection.close()
-                return None
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
-
-    def _knocks_rightly(self, connection: socket.socket) -> bool:
-        connection.settimeout(_KNOCK_WITHIN_S)
-        try:
-            said = _read(connection, len(self.at.secret))
-        except OSError:
-            return False
-        connection.settimeout(None)
-        return hmac.compare_digest(said, self.at.secret)
+            engine = first_with_secret(self._listening, self.at.secret, self._closed)
+        if engine is None:
+            return
+        with engine:
+            with self._closing:
+                if self._closed.is_set():
+                    return
+                self._connection = engine
+            engine.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            ask_whether_there(engine)
+            self._answer(engine)
 
     def _answer(self, connection: socket.socket) -> None:
         """Until the engine goes, or the door is closed."""
@@ -150,15 +135,19 @@ class PlanChannels:
         """
         loop = asyncio.get_running_loop()
         for rank, door in enumerate(doors, start=self._first_rank):
-            end = _End(rank, self._arrived, self._lost)
+            connection = socket.socket(socket.AF_INET6 if ":" in door.host else socket.AF_INET)
+            connection.setblocking(False)
             try:
-                await loop.create_connection(lambda end=end: end, door.host, door.port)
+                await loop.sock_connect(connection, (door.host, door.port))
             except OSError as error:
+                connection.close()
                 self.close()
                 raise RunError(
                     f"worker {rank} cannot be reached at {door.host}:{door.port} ({error})",
                     hint="let the nodes of a cluster reach each other at every port",
                 ) from error
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            end = _End(rank, connection, loop, self._arrived, self._lost)
             end.write(door.secret)
             self._ends.append(end)
 
@@ -203,26 +192,64 @@ class PlanChannels:
             _fail(self._whole, _lost_worker(rank))
 
 
-class _End(asyncio.Protocol):
-    """Cuts what comes from one worker into messages."""
+class _End:
+    """One worker's connection, and what comes through it cut into messages.
+
+    No asyncio transport: the loop that Ray gives an actor sends what is written to one after all
+    callbacks that are due, which with many streams to feed began every step 4 ms later.
+    """
 
     def __init__(
         self,
         rank: int,
+        connection: socket.socket,
+        loop: asyncio.AbstractEventLoop,
         arrived: Callable[[int, int, bytes], None],
         lost: Callable[[int], None],
     ) -> None:
         self.rank = rank
         self.is_lost = False
+        self._connection, self._loop = connection, loop
         self._arrived, self._lost = arrived, lost
-        self._unread = bytearray()
-        self._transport: asyncio.Transport | None = None
+        self._unread, self._unsent = bytearray(), bytearray()
+        loop.add_reader(connection.fileno(), self._read)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport  # asyncio sets TCP_NODELAY itself
+    def write(self, message: bytes) -> None:
+        """Sends now what the kernel takes now, which is all of a small message."""
+        self._unsent += message
+        if len(self._unsent) == len(message):
+            self._send()
 
-    def data_received(self, data: bytes) -> None:
+    def close(self) -> None:
+        if self._connection.fileno() >= 0:
+            self._loop.remove_reader(self._connection.fileno())
+            self._loop.remove_writer(self._connection.fileno())
+            self._connection.close()
+
+    def _send(self) -> None:
+        try:
+            sent = self._connection.send(self._unsent)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._end()
+            return
+        del self._unsent[:sent]
+        if self._unsent:
+            self._loop.add_writer(self._connection.fileno(), self._send)
+        else:
+            self._loop.remove_writer(self._connection.fileno())
+
+    def _read(self) -> None:
+        try:
+            data = self._connection.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._end()
+            return
         self._unread += data
         while len(self._unread) >= _HEADER.size:
             size, step = _HEADER.unpack_from(self._unread)
@@ -233,17 +260,10 @@ class _End(asyncio.Protocol):
             del self._unread[:end]
             self._arrived(self.rank, step, body)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def _end(self) -> None:
         self.is_lost = True
+        self.close()
         self._lost(self.rank)
-
-    def write(self, message: bytes) -> None:
-        assert self._transport is not None
-        self._transport.write(message)
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()  # nothing that waits to be sent matters any more
 
 
 def _fail(whole: asyncio.Future[list[Any]], error: RunError) -> None:
