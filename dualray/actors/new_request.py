@@ -31,7 +31,7 @@ def new_request(
     Raises:
         RequestError: prompt or parameters break a rule.
     """
-    check_token_ids(params, tokenizer.vocab_size)
+    check_token_ids(params, tokenizer.vocab_size, tokenizer.eos_id)
     return Request(
         request_id=request_id,
         prompt_ids=prompt_ids_of(prompt, tokenizer, max_context, params),

@@ -7,10 +7,29 @@ Every reader takes the parameter's name and its value and raises RequestError, n
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import math
+from collections.abc import Iterable
 
 from dualray.errors import RequestError
+
+MAX_NAME = 256
+"""Longest name in characters that a refusal repeats."""
+_MAX_COMPARED = 64
+"""Longest name in characters that is taken for a slip of the pen: comparing takes long."""
+
+
+def quoted(name: str) -> str:
+    """A caller's name of something, cut to what one wants to read."""
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was meant, if one is near."""
+    if len(name) > _MAX_COMPARED:
+        return None
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:

@@ -29,6 +29,26 @@ MAX_N = 128
 MAX_BAD_WORDS = 128
 """Most entries of `bad_words`."""
 
+MAX_BAD_WORD = 256
+"""Longest entry of `bad_words` in characters."""
+
+MAX_STOPS = 64
+"""Most entries of `stop` (OpenAI takes 4)."""
+
+MAX_STOP = 1024
+"""Longest entry of `stop` in characters."""
+
+MAX_STOP_IDS = 4096
+"""Most different ids in `stop_token_ids`."""
+
+MAX_ALLOWED_IDS = 1 << 18
+"""Most different ids in `allowed_token_ids`: twice DeepSeek-V3's vocabulary."""
+
+MAX_INT = (1 << 63) - 1
+"""Largest number of what is counted: those who keep records of requests know 64 bits."""
+
+_NUM_SEEDS = 1 << 64
+
 
 class ModelNotFoundError(RequestError):
     """The request names a model or version that is not served."""
@@ -101,11 +121,13 @@ class SamplingParams:
     structured_outputs: StructuredOutputs | None = None
     """What the completion must be."""
     seed: int | None = None
-    """Makes the choice repeatable; None draws a fresh seed per request."""
+    """Makes the choice repeatable, 64 bits with a sign or without; None draws a fresh seed per
+    request."""
     max_tokens: int = 16
     """Most tokens to generate."""
     min_tokens: int = 0
-    """Tokens to generate before anything but length may end the completion."""
+    """Tokens to generate before anything but length, or a grammar that allows nothing more, may end
+    the completion."""
     stop: tuple[str, ...] = ()
     """Strings that end the completion."""
     stop_token_ids: tuple[int, ...] = ()
@@ -125,6 +147,8 @@ class SamplingParams:
     refuses a prompt that is too long."""
 
     def __post_init__(self) -> None:
+        for name in ("allowed_token_ids", "stop_token_ids"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         require(1 <= self.n <= MAX_N, "n", self.n, f"must lie between 1 and {MAX_N}")
         require(self.temperature >= 0, "temperature", self.temperature, "must be 0 or more")
         require(self.n == 1 or self.temperature > 0, "n", self.n, "must be 1 at temperature 0")
@@ -149,13 +173,8 @@ class SamplingParams:
             self.min_tokens,
             f"must lie between 0 and max_tokens, which is {self.max_tokens}",
         )
-        require(all(self.stop), "stop", list(self.stop), "must not contain an empty string")
-        require(
-            all(i >= 0 for i in self.stop_token_ids),
-            "stop_token_ids",
-            list(self.stop_token_ids),
-            "must not contain a negative id",
-        )
+        self._check_strings("stop", MAX_STOPS, MAX_STOP)
+        self._check_ids("stop_token_ids", MAX_STOP_IDS, "must not contain a negative id")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             require(
@@ -171,6 +190,15 @@ class SamplingParams:
             keep,
             "must be -1 or at least 1",
         )
+        for name in ("top_k", "max_tokens", "truncate_prompt_tokens"):
+            value = getattr(self, name)
+            require((value or 0) <= MAX_INT, name, value, f"must be at most {MAX_INT}")
+        require(
+            self.seed is None or -_NUM_SEEDS // 2 <= self.seed < _NUM_SEEDS,
+            "seed",
+            self.seed,
+            "must have at most 64 bits",
+        )
 
     def each(self) -> list[SamplingParams]:
         """Parameters of the n completions; seeds count up, and the first is the request's own.
@@ -179,7 +207,7 @@ class SamplingParams:
         """
         if self.n == 1:
             return [self]
-        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
+        seeds = [None if self.seed is None else _seed(self.seed + i) for i in range(self.n)]
         scores = [self.prompt_logprobs] + [None] * (self.n - 1)
         return [
             replace(self, n=1, seed=seed, prompt_logprobs=score)
@@ -210,17 +238,30 @@ class SamplingParams:
         )
 
     def _check_choices(self) -> None:
-        ids, words = self.allowed_token_ids, self.bad_words
-        require(all(i >= 0 for i in ids), "allowed_token_ids", list(ids), "must not be negative")
+        ids = self.allowed_token_ids
+        self._check_ids("allowed_token_ids", MAX_ALLOWED_IDS, "must not be negative")
         require(
             not (ids and self.structured_outputs),
             "allowed_token_ids",
             list(ids),
             "cannot be combined with structured_outputs",
         )
-        size = f"{len(words)} words long"
-        require(len(words) <= MAX_BAD_WORDS, "bad_words", size, f"must be at most {MAX_BAD_WORDS}")
-        require(all(words), "bad_words", list(words), "must not contain an empty string")
+        self._check_strings("bad_words", MAX_BAD_WORDS, MAX_BAD_WORD)
+
+    def _check_ids(self, name: str, most: int, not_negative: str) -> None:
+        ids = getattr(self, name)
+        require(len(ids) <= most, name, f"{len(ids)} ids long", f"must be at most {most}")
+        require(min(ids, default=0) >= 0, name, list(ids), not_negative)
+
+    def _check_strings(self, name: str, most: int, longest: int) -> None:
+        texts = getattr(self, name)
+        unit = "words" if name == "bad_words" else "strings"
+        size = f"{len(texts)} {unit} long"
+        require(len(texts) <= most, name, size, f"must be at most {most}")
+        require(all(texts), name, list(texts), "must not contain an empty string")
+        length = max(map(len, texts), default=0)
+        rule = f"must not contain one of more than {longest} characters"
+        require(length <= longest, name, f"of up to {length} characters", rule)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -270,27 +311,32 @@ def check_prompt(prompt_ids: Sequence[int], max_context: int, name: str = "text_
         )
 
 
-def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
-    """Refuses stop token ids and biased ids that the vocabulary does not have."""
-    for token in params.stop_token_ids:
-        require(
-            token < vocab_size,
-            "stop_token_ids",
-            list(params.stop_token_ids),
-            f"must be below the vocabulary size {vocab_size}",
-        )
+def check_token_ids(params: SamplingParams, vocab_size: int, eos_id: int | None) -> None:
+    """Refuses ids that the vocabulary does not have, and min_tokens where every token would end
+    the completion."""
+    rule = f"must be below the vocabulary size {vocab_size}"
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        ids = getattr(params, name)
+        require(max(ids, default=0) < vocab_size, name, list(ids), rule)
     require(
         all(token < vocab_size for token, _ in params.logit_bias),
         "logit_bias",
         dict(params.logit_bias),
         f"must name ids below the vocabulary size {vocab_size}",
     )
-    require(
-        all(token < vocab_size for token in params.allowed_token_ids),
-        "allowed_token_ids",
-        list(params.allowed_token_ids),
-        f"must be below the vocabulary size {vocab_size}",
-    )
+    if params.min_tokens:
+        ending = {*params.stop_token_ids, *(() if params.ignore_eos else (eos_id,))}
+        require(
+            not ending.issuperset(params.allowed_token_ids or range(vocab_size)),
+            "min_tokens",
+            params.min_tokens,
+            "must be 0 where every token that may be chosen ends the completion",
+        )
+
+
+def _seed(number: int) -> int:
+    """The seed of 64 bits that makes the same choices."""
+    return number if number < _NUM_SEEDS else number - _NUM_SEEDS
 
 
 assert set(PARSERS) == {f.name for f in fields(SamplingParams)}

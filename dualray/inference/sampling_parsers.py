@@ -6,7 +6,6 @@ silently ignored.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -14,6 +13,8 @@ from typing import Any
 
 from dualray.errors import RequestError
 from dualray.inference.parameter_values import (
+    nearest,
+    quoted,
     read_biases,
     read_bool,
     read_float,
@@ -96,10 +97,9 @@ def _neutral(name: str, value: object) -> None:
 
 
 def _unknown(name: str) -> RequestError:
-    near = difflib.get_close_matches(name, [*PARSERS, *NOT_OFFERED], n=1)
-    hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(PARSERS)
+    near = nearest(name, [*PARSERS, *NOT_OFFERED])
     return RequestError(
-        f"sampling_parameters.{name} is not a sampling parameter",
-        hint=hint,
-        field=name,
+        f"sampling_parameters.{quoted(name)} is not a sampling parameter",
+        hint=f"did you mean {near}?" if near else "known are " + ", ".join(PARSERS),
+        field=quoted(name),
     )

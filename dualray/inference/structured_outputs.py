@@ -6,13 +6,18 @@ found out by compiling it (`grammars`).
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from typing import Any
 
 from dualray.errors import RequestError
-from dualray.inference.parameter_values import read_bool, read_strings, require
+from dualray.inference.parameter_values import (
+    nearest,
+    quoted,
+    read_bool,
+    read_strings,
+    require,
+)
 
 MAX_BYTES = 64 * 1024
 """Longest constraint in bytes of UTF-8: what a compiler takes a few hundred milliseconds for."""
@@ -85,10 +90,10 @@ def read_structured_outputs(name: str, value: object) -> StructuredOutputs | Non
         if key in _NOT_OFFERED:
             require(item in (None, False), f"{name}.{key}", item, "this server does not offer it")
         elif key not in _READERS:
-            near = difflib.get_close_matches(str(key), _READERS, n=1)
+            near = nearest(str(key), _READERS)
             raise RequestError(
-                f"sampling_parameters.{name}.{key} is no constraint",
-                hint=f"did you mean {near[0]}?" if near else f"known are {', '.join(_READERS)}",
+                f"sampling_parameters.{name}.{quoted(str(key))} is no constraint",
+                hint=f"did you mean {near}?" if near else f"known are {', '.join(_READERS)}",
                 field=name,
             )
         elif item is not None:
