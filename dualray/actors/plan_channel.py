@@ -35,6 +35,7 @@ from dualray.inference.plan import StepPlan
 
 _HEADER = struct.Struct("<IQ")
 """Bytes of the body, and the step."""
+_READ_BYTES = 1 << 18
 _REACH_WITHIN_S = 30.0
 _REASON_WITHIN_S = 0.5
 """When a worker dies its peers fail too, with a closed connection; the death is the news."""
@@ -138,15 +139,19 @@ class PlanChannels:
             connection = socket.socket(socket.AF_INET6 if ":" in door.host else socket.AF_INET)
             connection.setblocking(False)
             try:
-                await loop.sock_connect(connection, (door.host, door.port))
+                async with asyncio.timeout(_REACH_WITHIN_S):
+                    await loop.sock_connect(connection, (door.host, door.port))
             except OSError as error:
                 connection.close()
                 self.close()
+                reason = str(error) or f"no answer within {_REACH_WITHIN_S:g} s"
                 raise RunError(
-                    f"worker {rank} cannot be reached at {door.host}:{door.port} ({error})",
+                    f"worker {rank} cannot be reached at {door.host}:{door.port} ({reason})",
                     hint="let the nodes of a cluster reach each other at every port",
                 ) from error
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # The worker reads every plan before it computes, and has the next one only then.
+            ask_whether_there(connection, also_what_was_sent=True)
             end = _End(rank, connection, loop, self._arrived, self._lost)
             end.write(door.secret)
             self._ends.append(end)
