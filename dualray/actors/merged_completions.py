@@ -7,7 +7,9 @@ from collections.abc import AsyncGenerator, Sequence
 
 from dualray.actors.completion import Completion, Delta
 from dualray.actors.engine import Engine
+from dualray.actors.prompt_ids import prompt_ids_of
 from dualray.errors import RequestError
+from dualray.inference.call_limits import check_call
 from dualray.inference.grammar_matcher import GrammarMatcher
 from dualray.inference.request import SamplingParams
 
@@ -26,6 +28,9 @@ def submit_all(
     `grammars` are what `Engine.grammars` has compiled of the parameters, one for each completion.
     A deadline of gRPC's is not asked for here: at its end both sides cancel, whoever is alive.
     """
+    check_call(params, engine.limits.max_context, engine.limits.max_waiting)
+    if params.n > 1:  # read once, not n times
+        prompt = prompt_ids_of(prompt, engine.tokenizer, engine.limits.max_context, params)
     completions: list[Completion] = []
     try:
         for one, grammar in zip(params.each(), grammars or [None] * params.n):

@@ -129,11 +129,28 @@ def test_cancelling_the_stream_cancels_all(served, stub):
 
 
 def test_all_are_taken_or_none(served, stub):
+    scheduler = served.engine.scheduler
+    served.hold()
+    one = stub.ModelInfer.future(call())
+    served.until(lambda: scheduler.num_running == 1)
+    three = stub.ModelInfer.future(call(n=3))
+    served.until(lambda: scheduler.num_waiting == 3)
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(call(n=LIMITS.max_waiting - 2))
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert scheduler.num_waiting == 3
+    served.hold(False)
+    assert [len(outputs(f.result())["text_output"]) for f in (one, three)] == [1, 3]
+    assert len(outputs(stub.ModelInfer(call(n=LIMITS.max_waiting)))["text_output"]) == 8
+
+
+def test_more_than_may_wait_are_never_taken(stub):
     with pytest.raises(grpc.RpcError) as raised:
         stub.ModelInfer(call(n=LIMITS.max_waiting + 1))
-    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert served.engine.scheduler.num_waiting == 0
-    assert len(outputs(stub.ModelInfer(call(n=LIMITS.max_waiting)))["text_output"]) == 8
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert raised.value.details() == (
+        "sampling_parameters.n is 9 and must be at most serve.max_waiting, which is 8; correct n."
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
