@@ -27,7 +27,8 @@ class Owner(NamedTuple):
 class Adjustment:
     """What changes a token's logits before temperature and cuts, in the order of the fields.
 
-    No token id comes twice in a field.
+    No token id comes twice in a field but `draft_ids`. The rows of one sequence have their
+    `seen_ids` and `output_counts` in common, the same objects, so that pickle writes them once.
     """
 
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -42,6 +43,8 @@ class Adjustment:
     """Taken from a logit once if its token was chosen at all."""
     output_counts: tuple[tuple[int, int], ...] = ()
     """(token id, how often) over the completion; the prompt does not count."""
+    draft_ids: tuple[int, ...] = ()
+    """Drafts in front of the token. They were seen and chosen too, beside the two fields above."""
     banned_ids: tuple[int, ...] = ()
     """Ids that must not be chosen (stop tokens before min_tokens)."""
     allowed: bytes = b""

@@ -10,11 +10,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import copy
+from typing import NamedTuple
 
 from dualray.inference.grammar_matcher import GrammarMatcher
 from dualray.inference.plan import Adjustment
 from dualray.inference.request import SamplingParams
 from dualray.inference.token_masks import mask_of, without
+
+
+class _Said(NamedTuple):
+    seen_ids: tuple[int, ...]
+    output_counts: tuple[tuple[int, int], ...]
 
 
 class TokenHistory:
@@ -38,6 +44,10 @@ class TokenHistory:
         # A dict keeps the order, so that equal requests send equal plans.
         self._seen: dict[int, None] = dict.fromkeys(prompt_ids) if self._repeats else {}
         self._output: Counter[int] = Counter()
+        self._said: _Said | None = None
+        """What `_seen` and `_output` hold, once somebody has asked."""
+        self._drafts: tuple[int, ...] = ()
+        """Tokens behind those, of a history that is `after` another one."""
         self._grammar = grammar
         self._allowed = mask_of(params.allowed_token_ids)
         self._bad_words = bad_words
@@ -56,24 +66,40 @@ class TokenHistory:
         return None if self._grammar is None else self._grammar.error
 
     def add(self, token: int) -> None:
-        """Notes a chosen token."""
+        """Notes a chosen token. Not for a history that is `after` another one."""
+        assert not self._drafts, "they are not chosen yet"
+        self._said = None
         if self._repeats:
             self._seen[token] = None
         if self._counts_output:
             self._output[token] += 1
+        self._advance(token)
+
+    def after(self, draft: int) -> TokenHistory:
+        """The history with a draft behind it; this one stays as it is.
+
+        The two have in common what was said before, however much it is.
+        """
+        self._freeze()
+        later = copy(self)
+        if self._repeats or self._counts_output:
+            later._drafts = (*self._drafts, draft)
+        if self._grammar is not None:
+            later._grammar = self._grammar.copy()
+        later._advance(draft)
+        return later
+
+    def _advance(self, token: int) -> None:
+        """Notes a token where it matters what it stands behind."""
         if self._num_kept:
             self._last = [*self._last, token][-self._num_kept :]
         if self._grammar is not None:
             self._grammar.accept(token)
 
-    def after(self, draft: int) -> TokenHistory:
-        """The history with one more token; this one stays as it is."""
-        later = copy(self)
-        later._seen, later._output = dict(self._seen), Counter(self._output)
-        if self._grammar is not None:
-            later._grammar = self._grammar.copy()
-        later.add(draft)
-        return later
+    def _freeze(self) -> _Said:
+        if self._said is None:
+            self._said = _Said(tuple(self._seen), tuple(self._output.items()))
+        return self._said
 
     def num_possible(self, drafts: Sequence[int]) -> int:
         """How many of the tokens may come next, one behind the other, as far as the grammar goes.
@@ -98,15 +124,17 @@ class TokenHistory:
                 banned_ids += (self._grammar.eos_id,)
         if allowed:
             allowed, banned_ids = without(allowed, banned_ids), ()
-        if not (banned_ids or allowed or self._bias or self._seen or self._output):
+        said = self._freeze()
+        if not (banned_ids or allowed or self._bias or any(said) or self._drafts):
             return None
         return Adjustment(
             logit_bias=self._bias,
             repetition_penalty=self._params.repetition_penalty,
-            seen_ids=tuple(self._seen),
+            seen_ids=said.seen_ids,
             frequency_penalty=self._params.frequency_penalty,
             presence_penalty=self._params.presence_penalty,
-            output_counts=tuple(self._output.items()),
+            output_counts=said.output_counts,
+            draft_ids=self._drafts,
             banned_ids=banned_ids,
             allowed=allowed,
         )

@@ -1,6 +1,7 @@
 """Bias and penalties against loops over every logit, and what they do to whole completions."""
 
 import math
+import pickle
 import random
 
 import pytest
@@ -138,6 +139,57 @@ def test_a_request_draws_the_same_whoever_shares_its_batch():
     assert sample(logits, rows) == alone
     picked = [11, 4, 7, 0]
     assert sample(logits[picked], [rows[i] for i in picked]) == [alone[i] for i in picked]
+
+
+def with_drafts(params: SamplingParams, prompt, output, drafts, banned=()):
+    """Adjustments of a row and of those behind each draft; and as if all had been chosen."""
+    history = TokenHistory(params, prompt)
+    for token in output:
+        history.add(token)
+    later, ahead = [history], history
+    for draft in drafts:
+        ahead = ahead.after(draft)
+        later.append(ahead)
+    apart = [
+        adjustment(params, prompt, [*output, *drafts[:count]], banned)
+        for count in range(len(drafts) + 1)
+    ]
+    return [each.adjustment(tuple(banned)) for each in later], apart
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_drafts_count_as_if_they_had_been_chosen_to_the_last_bit(dtype):
+    rng = random.Random(3)
+    torch.manual_seed(3)
+    shared, apart = [], []
+    for _ in range(40):
+        params, prompt, output, banned = random_case(rng)
+        drafts = [rng.randrange(V) for _ in range(rng.randrange(1, 7))]
+        both = with_drafts(params, prompt, output, drafts, banned)
+        for one, other in zip(*both, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                shared.append(one)
+                apart.append(other)
+    assert sum(bool(change.draft_ids) for change in shared) > 40
+    assert not any(change.draft_ids for change in apart)
+    logits = torch.randn(len(shared), V, dtype=dtype) * 3
+    ours, expected = logits.clone(), logits.clone()
+    adjust(ours, list(enumerate(shared)))
+    adjust(expected, list(enumerate(apart)))
+    assert torch.equal(ours, expected)
+    assert not torch.equal(ours, logits)
+
+
+def test_a_plan_carries_what_was_said_once_whatever_is_drafted():
+    params = SamplingParams(repetition_penalty=1.1, presence_penalty=0.5)
+    changes, _ = with_drafts(params, range(1000), range(1000), [1, 2, 3])
+    assert [change.draft_ids for change in changes] == [(), (1,), (1, 2), (1, 2, 3)]
+    one, all_rows = (len(pickle.dumps(rows)) for rows in (changes[:1], changes))
+    assert all_rows < one + 1000
+    again = pickle.loads(pickle.dumps(changes))
+    assert again == changes
+    assert all(change.output_counts is again[0].output_counts for change in again)
 
 
 def test_logprobs_and_ranks_stay_those_of_the_raw_logits():
