@@ -44,7 +44,7 @@ class SpeculationCase:
     preset: str = "demo"
     vocabulary: str = "bpe:2048"
     train_steps: int = 900
-    """About a quarter of an hour on one core; 600 steps are enough for 60 % greedily."""
+    """Some minutes on two cores; 600 steps are enough for 60 % greedily."""
     train_seq_len: int = 128
     draft_tokens: int = 3
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)

@@ -6,6 +6,7 @@ fetch.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ train:
   warmup_steps: {warmup}
   gamma: 0.01
   log_every: 100
+cluster:
+  cpus_per_worker: {threads}
 serve:
   after_training: false
 """
@@ -72,7 +75,8 @@ def train_model(
     steps: int,
     seq_len: int = 128,
 ) -> Trained:
-    """Trains a preset in `folder`: `make demo`'s settings on one worker, with one thread.
+    """Trains a preset in `folder`: `make demo`'s settings on one worker, with two threads where
+    there are two cores.
 
     On `num_files` or all of a corpus of `dualray data fetch`, or of Python's standard library where
     the package index is out of reach.
@@ -97,6 +101,7 @@ def train_model(
             steps=steps,
             seq_len=seq_len,
             warmup=min(30, steps // 2),
+            threads=min(2, os.cpu_count() or 1),
         )
     )
     command = [sys.executable, "-m", "dualray.platform.cli", "train", str(run)]
