@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dualray.data.token_lengths import most_bytes
 from dualray.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -48,6 +49,11 @@ class Tokenizer(Protocol):
         """tokenizer.json, byte for byte."""
         ...
 
+    @property
+    def max_token_bytes(self) -> int | None:
+        """Most bytes of text that a token stands for; None if there is no such number."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
@@ -62,6 +68,7 @@ class ByteTokenizer:
     eos_id = 256
     content = _BYTES_JSON
     sha256 = hashlib.sha256(_BYTES_JSON).hexdigest()
+    max_token_bytes = 1
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -103,6 +110,7 @@ class JsonTokenizer:
         # Not len(ids): published vocabularies have holes.
         self.vocab_size = max(ids.values()) + 1
         self.eos_id = ids[eos_token]
+        self.max_token_bytes = most_bytes(json.loads(content), ids)
 
     def encode(self, text: str) -> list[int]:
         return self._inner.encode(text, add_special_tokens=False).ids
