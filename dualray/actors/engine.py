@@ -72,7 +72,7 @@ class Engine:
         self._cache_counts = CacheCounts()
         self.scheduler = self._new_scheduler()
         self.grammars = GrammarCompiler(tokenizer)
-        self._max_request_s, self.stream_interval_s = max_request_s, stream_interval_s
+        self.max_request_s, self.stream_interval_s = max_request_s, stream_interval_s
         self._run_step, self._before_step = run_step, before_step
         self._completions: dict[str, Completion] = {}
         self._names = itertools.count(1)
@@ -149,7 +149,7 @@ class Engine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         self._fail_all(NotServingError("the server is stopping", hint="ask another server"))
-        self.grammars.close()
+        await self.grammars.close()
         await self.states.enter(EngineState.STOPPED)
 
     async def wait_for_change(self, known: EngineState) -> EngineState:
@@ -176,7 +176,7 @@ class Engine:
         """
         self.states.need_serving(self.model_name)
         loop = asyncio.get_running_loop()
-        time_left = min(self._max_request_s, math.inf if timeout_s is None else timeout_s)
+        time_left = min(self.max_request_s, math.inf if timeout_s is None else timeout_s)
         deadline = loop.time() + time_left
         request = new_request(
             str(next(self._names)),

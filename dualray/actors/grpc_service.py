@@ -14,6 +14,7 @@ from contextlib import aclosing
 from typing import Any
 
 import dualray
+from dualray.actors.admission import admit
 from dualray.actors.completion import Completion
 from dualray.actors.engine import Engine, EngineState
 from dualray.actors.infer_messages import (
@@ -24,7 +25,7 @@ from dualray.actors.infer_messages import (
     output_dim,
     parse_call,
 )
-from dualray.actors.merged_completions import cancel_all, merged, submit_all
+from dualray.actors.merged_completions import cancel_all, merged
 from dualray.actors.refusals import (
     Context,
     refusal_of,
@@ -134,8 +135,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             await write(response)
 
     async def _submit(self, call: InferCall) -> list[Completion]:
-        grammars = await self._engine.grammars.compile(call.params)
-        return submit_all(self._engine, call.prompt, call.params, call.timeout_s, grammars=grammars)
+        return await admit(self._engine, call.prompt, call.params, call.timeout_s)
 
     async def _answers(
         self, call: InferCall, completions: list[Completion]

@@ -31,16 +31,32 @@ def new_request(
     Raises:
         RequestError: prompt or parameters break a rule.
     """
-    check_token_ids(params, tokenizer.vocab_size, tokenizer.eos_id)
+    prompt_ids = checked_prompt(prompt, params, tokenizer=tokenizer, max_context=max_context)
     return Request(
         request_id=request_id,
-        prompt_ids=prompt_ids_of(prompt, tokenizer, max_context, params),
+        prompt_ids=prompt_ids,
         params=params,
         seed=secrets.randbits(64) if params.seed is None else params.seed,
         deadline=deadline,
         grammar=grammar,
         bad_words=bad_word_ids(params.bad_words, tokenizer),
     )
+
+
+def checked_prompt(
+    prompt: str | Sequence[int],
+    params: SamplingParams,
+    *,
+    tokenizer: Tokenizer,
+    max_context: int,
+) -> tuple[int, ...]:
+    """The prompt's ids, once these and those of the parameters are right.
+
+    Raises:
+        RequestError: prompt or parameters break a rule.
+    """
+    check_token_ids(params, tokenizer.vocab_size, tokenizer.eos_id)
+    return prompt_ids_of(prompt, tokenizer, max_context, params)
 
 
 def text_of(request: Request, tokenizer: Tokenizer) -> IncrementalText:

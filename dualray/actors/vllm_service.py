@@ -9,12 +9,13 @@ drains and comes back.
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
@@ -22,9 +23,10 @@ from smg_grpc_proto import vllm_engine_pb2_grpc as pb_grpc
 from smg_grpc_proto.generated import common_pb2 as common
 
 import dualray
+from dualray.actors.admission import admit
 from dualray.actors.completion import Completion
 from dualray.actors.engine import Engine, EngineState
-from dualray.actors.merged_completions import cancel_all, merged, submit_all
+from dualray.actors.merged_completions import cancel_all, merged
 from dualray.actors.refusals import (
     Context,
     NotOfferedError,
@@ -51,10 +53,10 @@ class _Running:
     """A request that a caller has named."""
 
     completions: Sequence[Completion] = ()
-    aborted: bool = False
+    aborted: asyncio.Event = field(default_factory=asyncio.Event)
 
     def abort(self) -> None:
-        self.aborted = True
+        self.aborted.set()
         for completion in self.completions:
             completion.abort()
 
@@ -100,11 +102,10 @@ class VllmService(pb_grpc.VllmEngineServicer):
         if call.request_id:
             self._running[call.request_id] = running
         try:
-            grammars = await self._engine.grammars.compile(call.params)
-            watched.completions = running.completions = submit_all(
-                self._engine, call.prompt, call.params, every_token=True, grammars=grammars
+            watched.completions = running.completions = await admit(
+                self._engine, call.prompt, call.params, every_token=True, aborted=running.aborted
             )
-            if running.aborted:  # while its grammar was compiled
+            if running.aborted.is_set():  # while its grammar was compiled
                 running.abort()
             answers = GenerateAnswers(call, running.completions)
             async with aclosing(merged(running.completions)) as deltas:

@@ -145,6 +145,6 @@ def test_too_many_grammars_at_once_are_refused():
         )
         assert len(await first) == MAX_WAITING
         assert len(await compiler.compile(params)) == MAX_WAITING
-        compiler.close()
+        await compiler.close()
 
     asyncio.run(scenario())
