@@ -60,7 +60,7 @@ class Replicas:
         """
         parts = _by_replica(plan)
         replies = await asyncio.gather(
-            *(self._channels[replica].run(part) for replica, part in parts.items()),
+            *(self._channels[replica].start(part) for replica, part in parts.items()),
             return_exceptions=True,
         )
         outcomes: list[Outcome] = []
