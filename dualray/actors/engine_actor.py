@@ -134,6 +134,10 @@ class EngineActor:
         """
         return await self._engine.drain(EngineState(then), within_s)
 
+    async def end_pause(self) -> bool:
+        """Lets generation go on if the admin service has paused it; returns whether it had."""
+        return await self._engine.pausing.end_pause()
+
     async def placement(self) -> ExpertPlacement | None:
         """Where experts are since they were last served; None if they cannot move in serving."""
         return self._moved_experts()

@@ -102,6 +102,13 @@ class Pausing:
         self._gate.open()
         await self._states.enter(EngineState.SERVING)
 
+    async def end_pause(self) -> bool:
+        """Lets generation go on if it is paused; returns whether it was."""
+        if self._states.now is not EngineState.HELD:
+            return False
+        await self.go_on()
+        return True
+
     def _need_engaged(self) -> None:
         if self._states.now is not EngineState.HELD:
             self._states.need_serving(self._model_name)

@@ -246,7 +246,8 @@ class Life:
         try:
             now = self._situation(asked)
             if not must_switch(asked, now):
-                self._wishes.answer(already(now))
+                ended_pause = asked is Mode.SERVE and self._serving.end_pause()
+                self._wishes.answer(already(now, ended_pause=ended_pause))
                 return None
             if asked is Mode.SERVE:
                 self._serving.listen(self._a.folder.tokenizer, self._owners())

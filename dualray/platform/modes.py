@@ -66,13 +66,17 @@ def must_switch(asked: Mode, now: Situation) -> bool:
     return True
 
 
-def already(now: Situation) -> ModeAnswer:
-    """The answer to who asks for the mode that the run is in."""
+def already(now: Situation, *, ended_pause: bool = False) -> ModeAnswer:
+    """The answer to who asks for the mode that the run is in.
+
+    `ended_pause`: it had been told to pause generation, and was told to go on.
+    """
+    goes_on = ", and its generation, which was paused, goes on" if ended_pause else ""
     return ModeAnswer(
         mode=str(now.mode),
         switched=False,
         step=now.steps_done,
-        sentences=(f"run {now.name} {_DOES[now.mode]} already",),
+        sentences=(f"run {now.name} {_DOES[now.mode]} already{goes_on}",),
     )
 
 

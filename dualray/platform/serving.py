@@ -202,6 +202,10 @@ class Serving:
             )
         return Left(ended=ended, drain_s=ended - started, num_cut=num_cut)
 
+    def end_pause(self) -> bool:
+        """Let generation go on if somebody has paused it; returns whether it was paused."""
+        return ray.get(self._engine.end_pause.remote())
+
     def placement(self) -> ExpertPlacement | None:
         """Where experts have moved to while serving; None if nothing could move them."""
         return ray.get(self._engine.placement.remote())

@@ -195,6 +195,20 @@ def test_a_pause_may_become_another_one():
     assert serving(scenario) is EngineState.SERVING
 
 
+def test_whoever_wants_the_engine_to_serve_ends_a_pause_and_nothing_else():
+    async def scenario(engine, workers):
+        workers.run_free()
+        assert not await engine.pausing.end_pause()
+        await engine.pausing.hold(PauseMode.KEEP)
+        assert await engine.pausing.end_pause()
+        text = (await asked(engine).whole()).text
+        await engine.drain()
+        assert not await engine.pausing.end_pause()
+        return text, engine.state
+
+    assert serving(scenario) == ("hell", EngineState.TRAINING)
+
+
 def test_who_waits_for_a_pause_is_released_when_it_is_taken_back():
     async def scenario(engine, workers):
         completion = asked(engine)

@@ -122,6 +122,14 @@ def test_it_serves_between_two_steps_and_goes_on(run_of, fakes, place: str) -> N
     again = run.controller.switch("serve")
     assert isinstance(again, ModeAnswer)
     assert (again.switched, again.sentences) == (False, ("run tiny serves already",))
+    fakes[1].is_held = True
+    again = run.controller.switch("serve")
+    assert isinstance(again, ModeAnswer)
+    assert (again.switched, again.sentences) == (
+        False,
+        ("run tiny serves already, and its generation, which was paused, goes on",),
+    )
+    assert not fakes[1].is_held
 
     back = run.controller.switch("train")
     assert isinstance(back, ModeAnswer)

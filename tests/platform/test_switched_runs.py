@@ -148,6 +148,14 @@ def test_a_stream_at_sigterm_ends_whole_in_a_run_of_dropped_state(tmp_path: Path
             assert back.first_step_s > 0
             again = stub.SetMode(pb.SetModeRequest(mode=pb.MODE_SERVE), timeout=LIMIT_S)
             assert again.step > served.step
+            stub.PauseGeneration(pb.PauseGenerationRequest())
+            assert stub.GetMode(pb.GetModeRequest()).engine_state == "held"
+            resumed = stub.SetMode(pb.SetModeRequest(mode=pb.MODE_SERVE), timeout=LIMIT_S)
+            assert (resumed.switched, list(resumed.sentences)) == (
+                False,
+                ["run tiny serves already, and its generation, which was paused, goes on"],
+            )
+            assert stub.GetMode(pb.GetModeRequest()).engine_state == "serving"
         target = train.line(r"serving at (\S+:\d+) from")[1]
         with grpc.insecure_channel(target) as channel:
             stub = infer_grpc.GRPCInferenceServiceStub(channel)

@@ -104,6 +104,8 @@ class FakeRay:
         self.drained: list[str] = []
         """What the engine did after each drain."""
         self.num_cut = 0
+        self.is_held = False
+        """Whether the engine's generation is paused."""
         self.placement: ExpertPlacement | None = None
         """Where the engine says that experts are."""
 
@@ -111,6 +113,10 @@ class FakeRay:
         assert within_s == 30.0
         self.drained.append(then)
         return self.num_cut
+
+    def end_pause(self) -> bool:
+        was, self.is_held = self.is_held, False
+        return was
 
     def remote(self, actor: type) -> Any:
         def start() -> str:
@@ -121,6 +127,7 @@ class FakeRay:
         methods = {"start": start, "serve": lambda *_: None, "stop": lambda: None}
         methods |= {"migrations": lambda: [], "placement": lambda: self.placement}
         methods |= {"drain": self.drain, "admin_target": lambda: None}
+        methods |= {"end_pause": self.end_pause}
         methods |= {"own_access": lambda: OwnAccess(target="127.0.0.1:5", token=None)}
         handle = SimpleNamespace(
             **{name: SimpleNamespace(remote=method) for name, method in methods.items()}
