@@ -80,6 +80,8 @@ class Completion:
         wanted = request.params.prompt_logprobs is not None
         self._prompt: list[Sampled] | None = [] if wanted else None
         self._items: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        """What a slow reader has not taken yet: no more than max_tokens allow, of which
+        `check_call` limits what the completions of a call hold together."""
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Yields deltas up to the one with `finish`.
@@ -113,6 +115,7 @@ class Completion:
     def abort(self) -> None:
         """Cancels for somebody else than the reader, whose stream ends with finish `abort`."""
         self.cancel()
+        self._held_text += self._text.finish()
         # What has ended before is read up to its own end, and this never.
         self._give(FinishReason.ABORT)
 
@@ -167,6 +170,7 @@ class Completion:
 
     def fail(self, error: Exception) -> None:
         """Makes the reader raise `error` after all the text that there is."""
+        self._held_text += self._text.finish()
         if self._held_text:
             self._give(None)
         self._items.put_nowait(error)

@@ -68,4 +68,5 @@ def text_of(request: Request, tokenizer: Tokenizer) -> IncrementalText:
         stop=params.stop,
         include_stop=params.include_stop_str_in_output,
         skip_special_tokens=params.skip_special_tokens,
+        encode=tokenizer.encode,
     )

@@ -49,7 +49,9 @@ def adjust(logits_BV: Tensor, adjustments: Sequence[tuple[int, Adjustment]]) -> 
         presence_N = cells.of_rows([a.presence_penalty for a in how_A])
         logits_BV[cells.at] = logits_BV[cells.at] - frequency_N * count_N - presence_N
 
-    cells = _Cells(logits_BV, rows_A, [_ids(a.banned_ids) for a in how_A])
+    # Bans of the whole vocabulary would leave no number; its last ones are bad words'.
+    most = logits_BV.shape[1] - 1
+    cells = _Cells(logits_BV, rows_A, [_ids(a.banned_ids[:most]) for a in how_A])
     if cells:
         logits_BV[cells.at] = float("-inf")
 

@@ -7,8 +7,10 @@ are. Inference knows no tokenizer; it takes whatever satisfies `Detokenizer`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
+
+from dualray.inference.stop_strings import Beginning
 
 REPLACEMENT = "\ufffd"
 
@@ -34,7 +36,8 @@ class IncrementalText:
     Text before up to three final U+FFFD, which may become a character yet, never changes when more
     ids come. Ids that gave settled text stay as context for the next piece, because some
     tokenizers decode an id differently at the beginning of a text: at first those are `context`,
-    the prompt's last.
+    the prompt's last. `encode` tells a final U+FFFD that was said from half a character; without it
+    both are dropped.
     """
 
     def __init__(
@@ -45,9 +48,12 @@ class IncrementalText:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        encode: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
         self._detokenizer = detokenizer
+        self._encode = encode
         self._stop = tuple(stop)
+        self._begun = [Beginning(one) for one in self._stop]
         self._include_stop = include_stop
         self._skips = skip_special_tokens
         self._context: list[int] = list(context)
@@ -79,8 +85,33 @@ class IncrementalText:
         """The rest that was held back; a character that never became whole is dropped."""
         if self.matched_stop is not None:
             return ""
-        rest, self._held = self._held, ""
+        rest, self._held = self._held + self._last_said(), ""
+        self._pending, self._given = [], 0
         return rest
+
+    def _last_said(self) -> str:
+        """What of the pending ids' text is no half character but U+FFFD itself."""
+        for end in range(len(self._pending), 0, -1):
+            if self._says_replacement(self._pending[:end]):
+                return self._text_behind(self._context, self._pending[:end])[self._given :]
+        return ""
+
+    def _says_replacement(self, ids: list[int]) -> bool:
+        """Whether some last ids are what U+FFFD is written with, as bytes of anything else are not.
+
+        It has three bytes, and a tokenizer may join it with what is before.
+        """
+        if self._encode is None:
+            return False
+        for count in range(1, min(len(ids), _MOST_HALF + 1) + 1):
+            last = ids[-count:]
+            text = self._decode(last)
+            if text.endswith(REPLACEMENT):
+                again = list(self._encode(text))
+                # Some tokenizers put a mark before a text, which stands for nothing.
+                if again[-count:] == last and not self._decode(again[:-count]):
+                    return True
+        return False
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._detokenizer.decode(ids, skip_special_tokens=self._skips)
@@ -107,6 +138,8 @@ class IncrementalText:
         text = self._held + fresh
         if not check_stop:
             self._held = ""
+            for begun in self._begun:
+                begun.forget()
             return text
         found = [(text.find(stop), stop) for stop in self._stop if stop in text]
         if found:
@@ -114,17 +147,11 @@ class IncrementalText:
             at, stop = min(found, key=lambda hit: (hit[0], -len(hit[1])))
             self.matched_stop, self._held = stop, ""
             return text[: at + len(stop)] if self._include_stop else text[:at]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        for begun in self._begun:
+            begun.add(fresh)
+        keep = max((begun.length for begun in self._begun), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[-length:]):
-            return length
-    return 0
 
 
 def _settled(text: str) -> str:

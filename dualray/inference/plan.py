@@ -46,7 +46,8 @@ class Adjustment:
     draft_ids: tuple[int, ...] = ()
     """Drafts in front of the token. They were seen and chosen too, beside the two fields above."""
     banned_ids: tuple[int, ...] = ()
-    """Ids that must not be chosen (stop tokens before min_tokens)."""
+    """Ids that must not be chosen (stop tokens before min_tokens); the last ones may, if these are
+    the whole vocabulary."""
     allowed: bytes = b""
     """Ids to choose from, at least one of them, packed (`token_masks`); empty for all."""
 

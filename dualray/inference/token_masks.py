@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 
 def mask_of(ids: Iterable[int]) -> bytes:
     """The set of these ids."""
-    found = set(ids)
-    mask = bytearray(max(found) // 8 + 1 if found else 0)
-    for token in found:
-        mask[token // 8] |= 1 << token % 8
-    return bytes(mask)
+    found = np.fromiter(ids, np.int64)
+    if not found.size:
+        return b""
+    bits = np.zeros(int(found.max()) + 1, np.bool_)
+    bits[found] = True
+    return np.packbits(bits, bitorder="little").tobytes()
 
 
 def without(mask: bytes, ids: Iterable[int]) -> bytes:

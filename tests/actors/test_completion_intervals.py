@@ -24,10 +24,10 @@ class Clock:
         monkeypatch.setattr(module.time, "monotonic_ns", lambda: round(self.now_s * 1e9))
 
 
-def a_completion(**options) -> Completion:
+def a_completion(*, stop: str = "!", **options) -> Completion:
     request = Request(request_id="r", prompt_ids=(1,), params=SamplingParams(max_tokens=9), seed=0)
     weights = Weights(training_step=0, digest="")
-    text = IncrementalText(ByteTokenizer(), stop=("!",))
+    text = IncrementalText(ByteTokenizer(), stop=(stop,))
     return Completion(request, text, weights, lambda completion: None, **options)
 
 
@@ -77,3 +77,25 @@ def test_what_is_held_comes_before_an_error_and_with_an_abort(monkeypatch):
 
     assert asyncio.run(read()) == ["a", "bc"]
     assert asyncio.run(deltas_of(aborted)) == [("a", 1), ("bc", 2)]
+
+
+@pytest.mark.parametrize("ends", ["abort", "fail"])
+def test_what_looked_like_a_stop_string_comes_with_the_end(ends):
+    """Its tokens have come, so that its text must not stay away."""
+    completion = a_completion(every_token=True, stop="!!!")
+    for letter in "a!!":
+        completion.take(token(letter))
+    if ends == "abort":
+        completion.abort()
+        assert asyncio.run(deltas_of(completion)) == [("a", 1), ("", 1), ("", 1), ("!!", 0)]
+    else:
+        completion.fail(RunError("it broke", hint="mend it"))
+        given: list[tuple[str, int]] = []
+
+        async def read() -> None:
+            async for delta in completion:
+                given.append((delta.text, len(delta.tokens)))
+
+        with pytest.raises(RunError, match="it broke"):
+            asyncio.run(read())
+        assert given == [("a", 1), ("", 1), ("", 1), ("!!", 0)]

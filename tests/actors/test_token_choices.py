@@ -6,10 +6,14 @@ import math
 
 import grpc
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.serving import LIMITS, serving
 
 from dualray.actors.bad_words import bad_word_ids
 from dualray.data.tokenizer import ByteTokenizer, train_bpe
+from dualray.inference.adjust import adjust
 from dualray.inference.plan import Owner, PromptScored
 from dualray.inference.request import SamplingParams
 from dualray.inference.token_history import TokenHistory
@@ -63,10 +67,15 @@ def test_only_allowed_tokens_are_chosen(stub):
 
 
 def test_a_ban_gives_way_where_nothing_else_is_allowed(stub):
-    request = call(allowed_token_ids=[256], min_tokens=5)
-    assert text(stub.ModelInfer(request)) == ""
+    assert text(stub.ModelInfer(call(allowed_token_ids=[*b"ab"], bad_words=["ab", "aa"]))) != ""
     request = call(allowed_token_ids=[*b"ab"], bad_words=["a"], max_tokens=9)
     assert text(stub.ModelInfer(request)) == "b" * 9
+    request = call(allowed_token_ids=[256, *b"a"], bad_words=["a"], min_tokens=5, max_tokens=5)
+    assert text(stub.ModelInfer(request)) == "a" * 5
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(call(allowed_token_ids=[256], min_tokens=5))
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "min_tokens is 5 and must be 0" in raised.value.details()
 
 
 def test_bad_words_are_not_said(stub):
@@ -149,3 +158,32 @@ def test_only_the_last_token_of_a_bad_word_is_banned_and_only_behind_the_others(
     change = allowed.adjustment(())
     assert change is not None
     assert list(ids_in(change.allowed)) == [3]
+
+
+def test_bad_words_give_way_before_the_tokens_that_would_end_a_completion_too_soon():
+    params = SamplingParams(allowed_token_ids=(5, 7), stop_token_ids=(5,), min_tokens=3)
+    history = TokenHistory(params, [], bad_words=((7,),))
+    change = history.adjustment(params.stop_token_ids)
+    assert change is not None
+    assert list(ids_in(change.allowed)) == [7]
+    logits = torch.zeros(1, 8)
+    free = TokenHistory(SamplingParams(), [], bad_words=((3,), (4,), (6,)))
+    change = free.adjustment((0, 1, 2, 5, 7, 5, 3))
+    assert change is not None
+    assert change.banned_ids == (0, 1, 2, 5, 7, 3, 4, 6)
+    adjust(logits, [(0, change)])
+    assert logits.isfinite().nonzero().tolist() == [[0, 6]]
+
+
+@given(
+    words=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple), max_size=4),
+    said=st.lists(st.integers(0, 2), max_size=12),
+)
+def test_bad_ends_are_those_of_comparing_all(words, said):
+    history = TokenHistory(SamplingParams(), [1], bad_words=words)
+    for token in said:
+        history.add(token)
+    behind = {tuple(said[begin:]) for begin in range(len(said) + 1)}
+    change = history.adjustment(())
+    expected = {word[-1] for word in words if word[:-1] in behind}
+    assert set(change.banned_ids if change else ()) == expected

@@ -201,7 +201,8 @@ def test_a_completion_goes_on_where_its_prompt_ends(name, whole, data):
 def test_any_ids_make_the_text_of_all_of_them(name, data):
     tokenizer = TOKENIZERS[name]
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=60))
-    text = IncrementalText(tokenizer)
+    encode = data.draw(st.sampled_from([None, tokenizer.encode]))
+    text = IncrementalText(tokenizer, encode=encode)
     given = "".join(text.push(i) for i in ids) + text.finish()
     whole = tokenizer.decode(ids)
     # At the end up to three may have been waiting for the rest of a character.
@@ -255,3 +256,22 @@ def test_special_tokens_are_shown_on_request():
         for skips, whole in ((True, "abc"), (False, "ab<|endoftext|>c")):
             text = IncrementalText(tokenizer, skip_special_tokens=skips)
             assert "".join(text.push(i) for i in ids) + text.finish() == whole
+
+
+@pytest.mark.parametrize("name", ["bytes", "byte level", "byte fallback"])
+@pytest.mark.parametrize("said", ["a\ufffd", "\ufffd", "\ufffd\ufffd", "e \ufffd", "\u20ac\ufffd"])
+@pytest.mark.parametrize("behind", ["", "\u2603", "\U0001f600"])
+def test_a_final_replacement_character_that_was_said_is_given_and_half_a_character_is_not(
+    name, said, behind
+):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(said + behind)
+    ids = ids[:-1] if behind else ids
+    text = IncrementalText(tokenizer, encode=tokenizer.encode)
+    given = "".join(text.push(i) for i in ids) + text.finish()
+    if name == "byte fallback" and behind:
+        # Of a run of byte tokens with one that is wrong it makes U+FFFD as a whole.
+        assert given.rstrip(REPLACEMENT) == said.rstrip(REPLACEMENT)
+    else:
+        assert given == said
+    assert text.finish() == ""
