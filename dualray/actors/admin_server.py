@@ -1,4 +1,4 @@
-"""The admin port: health, reflection and the admin service, secured like the main port."""
+"""The admin port: health, reflection and the admin service, with tokens of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AdminServer:
         self, engine: Engine, config: ServeConfig, control: RunControl | None = None
     ) -> None:
         """Raises ConfigError if a certificate, key or tokens file cannot be used."""
-        self._security = Security(config)
+        self._security = Security(config, is_admin=True)
         self._server = grpc.aio.server(
             interceptors=(*self._security.interceptors, RefuseMalformed()),
             options=(*SERVER_OPTIONS, ("grpc.max_receive_message_length", _MESSAGE_BYTES)),

@@ -33,6 +33,9 @@ _NO_TOKEN = (
     "the server's tokens."
 )
 _WRONG_TOKEN = "the call's bearer token is not one of the server's; ask for one that is valid now."
+_LESSER_TOKEN = (
+    "the call's bearer token may ask the model but not for this; use one of the admin service's."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +53,13 @@ class TokenGuard(grpc.aio.ServerInterceptor):
     be valid still. When it no longer is, what was accepted is answered and the stream ends.
     """
 
-    def __init__(self, tokens: TokenFile, own_token: str) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: TokenFile, own_token: str, lesser: TokenFile | None = None) -> None:
+        """Tokens that are among the `lesser` only are refused as PERMISSION_DENIED."""
+        self._tokens, self._lesser = tokens, lesser
         self._own_token = own_token.encode()
         self._no_token = _refusing(_NO_TOKEN)
         self._wrong_token = _refusing(_WRONG_TOKEN)
+        self._lesser_token = _refusing(_LESSER_TOKEN, grpc.StatusCode.PERMISSION_DENIED)
 
     async def intercept_service(
         self,
@@ -69,7 +74,8 @@ class TokenGuard(grpc.aio.ServerInterceptor):
         if token is None:
             return self._no_token
         if not self._accepts(token):
-            return self._wrong_token
+            is_lesser = self._lesser is not None and self._lesser.accepts(token)
+            return self._lesser_token if is_lesser else self._wrong_token
         handler = await continuation(handler_call_details)
         if handler is not None and handler.request_streaming:
             return self._asking_again(handler, token)
@@ -104,18 +110,23 @@ class TokenGuard(grpc.aio.ServerInterceptor):
 
 
 class Security:
-    """What `serve` asks for, read from its files. Raises ConfigError if one cannot be used."""
+    """What `serve` asks for, read from its files. Raises ConfigError if one cannot be used.
 
-    def __init__(self, config: ServeConfig) -> None:
+    `is_admin` is for the admin service's port, whose tokens are others.
+    """
+
+    def __init__(self, config: ServeConfig, *, is_admin: bool = False) -> None:
         self._tls: TlsFiles | None = None
         if config.tls_cert is not None and config.tls_key is not None:
             self._tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
         self._own_token: str | None = None
         self.interceptors: tuple[grpc.aio.ServerInterceptor, ...] = ()
-        if config.tokens_file is not None:
+        lesser = _tokens(config, "tokens_file") if is_admin else None
+        tokens = _tokens(config, "admin_tokens_file" if is_admin else "tokens_file")
+        assert tokens is not None or lesser is None, "the admin service would be open to all"
+        if tokens is not None:
             self._own_token = secrets.token_urlsafe(32)
-            tokens = TokenFile(Path(config.tokens_file), "serve.tokens_file")
-            self.interceptors = (TokenGuard(tokens, self._own_token),)
+            self.interceptors = (TokenGuard(tokens, self._own_token, lesser),)
         self._socket: OwnSocket | None = None
 
     def listen(self, server: grpc.aio.Server, address: str) -> tuple[int, OwnAccess]:
@@ -144,6 +155,11 @@ class Security:
             self._socket.close()
 
 
+def _tokens(config: ServeConfig, field: str) -> TokenFile | None:
+    path = getattr(config, field)
+    return None if path is None else TokenFile(Path(path), f"serve.{field}")
+
+
 def _bearer(metadata: Any) -> str | None:
     """The token of the one `authorization` entry; two of them are as good as none."""
     values = [value for key, value in metadata or () if key == "authorization"]
@@ -153,10 +169,12 @@ def _bearer(metadata: Any) -> str | None:
     return token.strip() or None if scheme.lower() == "bearer" else None
 
 
-def _refusing(sentence: str) -> grpc.RpcMethodHandler:
+def _refusing(
+    sentence: str, code: grpc.StatusCode = grpc.StatusCode.UNAUTHENTICATED
+) -> grpc.RpcMethodHandler:
     """A stream handler that reads nothing answers calls of every kind."""
 
     async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, sentence)
+        await context.abort(code, sentence)
 
     return grpc.stream_stream_rpc_method_handler(refuse)

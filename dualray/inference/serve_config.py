@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dualray.errors import ConfigError
 from dualray.inference.block_pool import blocks_for
 from dualray.inference.limits import Limits
+from dualray.inference.serve_admin import check_admin
 from dualray.inference.serve_drafts import check_drafts, most_drafts
 from dualray.inference.serve_modes import check_modes
 from dualray.inference.serve_records import check_records
@@ -47,9 +48,13 @@ class ServeConfig:
     gRPC; each request becomes a trace there, a child of its caller's. None traces nothing."""
     admin_port: int | None = None
     """Port of the admin service, which switches modes and pauses generation; 0 takes a free one,
-    None has no admin service. It is secured like serve.port."""
+    None has no admin service. It has the TLS of serve.port, and tokens of its own."""
     admin_host: str = "127.0.0.1"
-    """Address that the admin service listens on."""
+    """Address that the admin service listens on; any but this machine's own needs
+    admin_tokens_file or tls_client_ca."""
+    admin_tokens_file: str | None = None
+    """File with the bearer tokens of the admin service, like tokens_file, whose tokens do not count
+    there; needed where tokens_file is given. None asks for no token."""
     optimizer: str = "keep"
     """Where optimizer state is while a run serves that can go on training: `keep` where it is,
     `park` in host memory, or `drop`, which commits a checkpoint of the step first and reads it to
@@ -174,6 +179,13 @@ class ServeConfig:
             port=self.port,
             metrics_port=self.metrics_port,
             admin_port=self.admin_port,
+        )
+        check_admin(
+            admin_port=self.admin_port,
+            admin_host=self.admin_host,
+            admin_tokens_file=self.admin_tokens_file,
+            tokens_file=self.tokens_file,
+            tls_client_ca=self.tls_client_ca,
         )
         check_drafts(self.draft_tokens, self.compile_batch)
         check_records(

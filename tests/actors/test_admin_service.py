@@ -220,11 +220,13 @@ def test_without_a_run_there_are_no_modes(served) -> None:
         admin.close()
 
 
-def test_it_is_secured_like_the_main_port(served, tmp_path) -> None:
+def test_it_has_the_main_ports_tls_and_tokens_of_its_own(served, tmp_path) -> None:
     ca = Authority(tmp_path, "ca")
     server, client = ca.issue("server"), ca.issue("client")
-    (tmp_path / "tokens").write_text("a-token\n")
+    (tmp_path / "tokens").write_text("for-text\nfor-both\n")
+    (tmp_path / "admin").write_text("a-token\nfor-both\n")
     config = ServeConfig(
+        admin_port=0, admin_tokens_file=str(tmp_path / "admin"),
         tls_cert=str(server.cert), tls_key=str(server.key), tls_client_ca=str(ca.cert),
         tokens_file=str(tmp_path / "tokens"),
     )  # fmt: skip
@@ -238,6 +240,12 @@ def test_it_is_secured_like_the_main_port(served, tmp_path) -> None:
     try:
         with channel(admin.target, ca.cert, client) as opened:
             assert asks(opened, bearer("a-token")).run_state == "serving"
+            assert asks(opened, bearer("for-both")).run_state == "serving"
+            assert code_of(lambda: asks(opened, bearer("for-text")))[:2] == (
+                CODE.PERMISSION_DENIED,
+                "the call's bearer token may ask the model but not for this; use one of the admin "
+                "service's.",
+            )
             assert code_of(lambda: asks(opened))[0] is CODE.UNAUTHENTICATED
             assert code_of(lambda: asks(opened, bearer("b-token")))[0] is CODE.UNAUTHENTICATED
             health = health_pb2_grpc.HealthStub(opened)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import grpc
 import pytest
 from support.certificates import Authority
 from support.runs import dualray, make_corpus, metrics_of, started, write_run_file
+from support.secured import TIMEOUT_S, bearer, channel
+
+from dualray.proto import admin_pb2 as pb
+from dualray.proto import admin_pb2_grpc as pb_grpc
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -19,15 +24,19 @@ def test_a_secured_run_asks_itself_and_serves_only_who_may(tmp_path: Path) -> No
     ca = Authority(tmp_path, "ca")
     server, client = ca.issue("server"), ca.issue("client")
     (tmp_path / "tokens").write_text("# ours\nnot-a-secret\n")
+    (tmp_path / "admin").write_text("not-a-secret-either\n")
     secured = {
         "tls_cert": server.cert.name,
         "tls_key": server.key.name,
         "tls_client_ca": ca.cert.name,
         "tokens_file": "tokens",
+        "admin_port": 0,
+        "admin_tokens_file": "admin",
     }
     write_run_file(tmp_path / "tiny.yaml", data, layout=LAYOUT, train={"steps": 1}, serve=secured)
     run = tmp_path / "runs" / "tiny"
     with started("train", "tiny.yaml", cwd=tmp_path) as train:
+        admin = train.line(r"^admin service at (\S+)$")[1]
         target = train.line(r"serving at (\S+:\d+) from")[1]
         train.line("^first token")
         generate = ("generate", "the cat", "--target", target, "--max-tokens", "3")
@@ -44,6 +53,14 @@ def test_a_secured_run_asks_itself_and_serves_only_who_may(tmp_path: Path) -> No
         bare = dualray(*generate, "--ca", ca.cert, cwd=tmp_path)
         [said] = bare.err.splitlines()
         assert f"--target is {target} and the server there ends the connection at once" in said
+        with channel(admin, ca.cert, client) as opened:
+            stub = pb_grpc.AdminStub(opened)
+            asks = pb.GetModeRequest()
+            said = stub.GetMode(asks, metadata=bearer("not-a-secret-either"), timeout=TIMEOUT_S)
+            assert (said.mode, said.engine_state) == (pb.MODE_SERVE, "serving")
+            with pytest.raises(grpc.RpcError) as raised:
+                stub.GetMode(asks, metadata=bearer("not-a-secret"), timeout=TIMEOUT_S)
+            assert raised.value.code() is grpc.StatusCode.PERMISSION_DENIED
         assert dualray("stop", "tiny", cwd=tmp_path).code == 0
         assert train.end().code == 0
     [switch] = [r for r in metrics_of(run) if r.get("event") == "switch"]
