@@ -22,6 +22,12 @@ from dualray.inference.structured_outputs import StructuredOutputs
 WALL_S = 30.0
 """Most time of a grammar, or of the process's start, on a machine that has much else to do."""
 
+_ENVIRONMENT = {
+    # Arenas of threads reserve more address space than a grammar may take.
+    "MALLOC_ARENA_MAX": "1",
+    # Nothing is multiplied there.
+    "OPENBLAS_NUM_THREADS": "1",
+}
 _STOPPING = "the server is stopping"
 _REASONS = {
     signal.SIGSEGV: "it is nested too deeply",
@@ -89,8 +95,7 @@ class TrialProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # One arena: those of threads reserve more address space than a grammar may take.
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "MALLOC_ARENA_MAX": "1"},
+            env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
         )
         self._process = process
         if self._is_closed:  # `close` may have looked before there was one

@@ -3,14 +3,20 @@
 import asyncio
 import json
 import re
-import threading
+from dataclasses import replace
 
 import grpc
 import pytest
+from support.chains import chained_rules, chained_schemas, optional_words
+from support.holding import held
 from support.serving import LIMITS, serving
 
+from dualray.actors import grammar_compiler
+from dualray.actors.engine_state import EngineState
 from dualray.actors.grammar_compiler import MAX_WAITING, GrammarCompiler
+from dualray.actors.refusals import status_of
 from dualray.data.tokenizer import ByteTokenizer
+from dualray.errors import RequestError
 from dualray.inference.plan import Owner
 from dualray.inference.request import QueueFullError, SamplingParams
 from dualray.proto import inference_pb2 as pb
@@ -113,22 +119,117 @@ def test_a_grammar_that_costs_too_much_on_its_way_ends_its_own_request(served, s
 
 
 def test_steps_go_on_while_a_grammar_is_compiled(served, stub, monkeypatch):
-    """The compiler's thread is held until the other request has ended."""
-    ended = threading.Event()
-    compiler = served.engine.grammars
-    compile_now = compiler._grammars.compile
+    with held(served.engine.grammars._grammars, "compile", monkeypatch) as begun:
+        answer = stub.ModelInfer.future(call({"choice": ["yes"]}))
+        assert begun.wait(60)
+        request = call(None)
+        assert texts(stub.ModelInfer(request), "finish_reason")[0] in ("stop", "length")
+        assert not answer.done()
+    assert texts(answer.result()) == ["yes"]
 
-    def wait_and_compile(what):
-        assert ended.wait(60)
-        return compile_now(what)
 
-    monkeypatch.setattr(compiler._grammars, "compile", wait_and_compile)
-    held = stub.ModelInfer.future(call({"choice": ["yes"]}))
-    request = call(None)
-    assert texts(stub.ModelInfer(request), "finish_reason")[0] in ("stop", "length")
-    assert not held.done()
-    ended.set()
-    assert texts(held.result()) == ["yes"]
+@pytest.mark.parametrize(
+    "wanted", [chained_rules(4000), chained_schemas(900), optional_words(2000)]
+)
+def test_what_would_kill_the_engine_is_an_invalid_argument(served, stub, wanted):
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(call(wanted))
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert texts(stub.ModelInfer(call({"choice": ["yes"]}))) == ["yes"]
+
+
+def test_nothing_is_compiled_for_who_is_refused_anyway(monkeypatch):
+    with serving() as served, grpc.insecure_channel(served.target) as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        too_long = call({"regex": "ab"})
+        too_long.inputs[0].contents.bytes_contents[0] = b"a" * 1000
+        served.call(served.engine.drain(EngineState.TRAINING))
+        codes = [refusal(stub, call({"regex": "ab"})).code()]
+        served.serve()
+        wrong = (too_long, call({"regex": "ab"}, stop_token_ids=[999]))
+        codes += [refusal(stub, request).code() for request in wrong]
+        assert codes == [grpc.StatusCode.UNAVAILABLE] + [grpc.StatusCode.INVALID_ARGUMENT] * 2
+        assert served.engine.grammars._trial.pid is None
+
+
+def refusal(stub, request) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(request)
+    return raised.value
+
+
+def test_time_runs_while_a_grammar_is_compiled(served, stub, monkeypatch):
+    request = call({"choice": ["yes", "no"]})
+    request.parameters["timeout"].int64_param = 50_000  # microseconds
+    with held(served.engine.grammars._trial, "size_bytes", monkeypatch):
+        error = refusal(stub, request)
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert error.details().startswith("the request's time ran out before its grammar was compiled")
+
+
+def test_a_place_is_taken_until_its_thread_is_done(monkeypatch):
+    async def scenario() -> None:
+        compiler = GrammarCompiler(ByteTokenizer())
+        params = SamplingParams.parse({"structured_outputs": {"regex": "a"}, "n": MAX_WAITING})
+        with held(compiler._trial, "size_bytes", monkeypatch) as begun:
+            first = asyncio.create_task(compiler.compile(params))
+            await asyncio.to_thread(begun.wait, 60)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            with pytest.raises(QueueFullError) as raised:
+                await compiler.compile(params)
+            assert status_of(raised.value) is grpc.StatusCode.RESOURCE_EXHAUSTED
+            (left,) = compiler._tasks
+        assert await left == [None] * MAX_WAITING  # nobody wants them, so none was compiled
+        await asyncio.sleep(0)
+        assert len(await compiler.compile(params)) == MAX_WAITING
+        await compiler.close()
+
+    asyncio.run(scenario())
+
+
+def test_matchers_of_running_completions_have_a_limit_of_memory(monkeypatch):
+    async def scenario() -> None:
+        compiler = GrammarCompiler(ByteTokenizer())
+        monkeypatch.setattr(compiler._trial, "size_bytes", lambda what: 600 << 20)
+        params = SamplingParams.parse({"structured_outputs": {"regex": "a"}})
+        matchers = await compiler.compile(params)
+        with pytest.raises(QueueFullError) as full:
+            await compiler.compile(params)
+        assert str(full.value) == (
+            "the grammars of running completions take 600 MB and 600 MB more would exceed 1024 MB; "
+            "try again later."
+        )
+        with pytest.raises(RequestError) as never:
+            await compiler.compile(replace(params, n=2))
+        assert str(never.value) == (
+            "sampling_parameters.structured_outputs.regex cannot be used: its completions take "
+            "1200 MB of 1024 MB; correct structured_outputs.regex."
+        )
+        matchers.clear()
+        await compiler.compile(params)
+        await compiler.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_grammar_that_is_known_needs_no_other_trial(monkeypatch):
+    async def scenario() -> None:
+        compiler = GrammarCompiler(ByteTokenizer())
+        monkeypatch.setattr(grammar_compiler, "MAX_KNOWN", 2)
+        tried, size_bytes = [], compiler._trial.size_bytes
+        monkeypatch.setattr(
+            compiler._trial,
+            "size_bytes",
+            lambda what: tried.append(what.regex) or size_bytes(what),
+        )
+        for regex in "aabacabb":
+            await compiler.compile(SamplingParams.parse({"structured_outputs": {"regex": regex}}))
+        assert tried == ["a", "b", "c", "b"]
+        await compiler.close()
+
+    asyncio.run(scenario())
 
 
 def test_too_many_grammars_at_once_are_refused():

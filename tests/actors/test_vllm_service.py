@@ -6,6 +6,7 @@ import grpc
 import pytest
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc as pb_grpc
+from support.holding import held
 from support.secured import request_of
 from support.serving import LIMITS, serving
 
@@ -183,6 +184,19 @@ def test_what_was_made_before_an_abort_is_in_the_whole(served, stub):
     (whole,) = completes_of(call)
     assert (whole.output_ids, whole.finish_reason) == (token, "abort")
     assert served.engine.scheduler.free_blocks() == {OWNER: LIMITS.num_blocks}
+
+
+def test_an_abort_does_not_wait_for_a_grammar(served, stub, monkeypatch):
+    grammars = served.engine.grammars._grammars
+    with held(grammars, "compile", monkeypatch) as begun:
+        call = stub.Generate(request_for(request_id="a", n=2, regex="ab", stream=True), timeout=60)
+        assert begun.wait(60)
+        stub.Abort(pb.AbortRequest(request_ids=["a"]))
+        wholes = completes_of(call)
+    assert [(w.finish_reason, list(w.output_ids), w.prompt_tokens) for w in wholes] == [
+        ("abort", [], 2)
+    ] * 2
+    assert served.plans == []
 
 
 def test_a_name_is_taken_while_its_request_runs(served, stub):

@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor as Field
 from google.protobuf.message import Message
 from hypothesis import strategies as st
+from support.chains import chained_rules, chained_schemas, optional_words, optional_words_in
 
 INTEGERS = (0, 1, -1, 2, 7, 128, 129, 1 << 31, (1 << 31) - 1, -(1 << 31), 1 << 32, 1 << 62, 1 << 64)
 FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 1e-300, 1e300, float("nan"), float("inf"), -float("inf"))
@@ -39,6 +40,13 @@ SCHEMAS = (
     {"grammar": "root ::= root"},
     {"json_object": True},
     {"json": {"$ref": "#"}},
+    chained_rules(300),
+    chained_rules(3000),
+    chained_schemas(900),
+    chained_schemas(900, "anyOf"),
+    optional_words(1500),
+    optional_words_in("terminal", 1500),
+    optional_words_in("white space", 1500),
 )
 
 texts = st.one_of(st.sampled_from(WORDS), st.text(max_size=12))
@@ -52,7 +60,9 @@ values = st.one_of(
     st.sampled_from(SCHEMAS),
 )
 sampling = st.one_of(
-    st.dictionaries(st.sampled_from(NAMES), values, max_size=3).map(json.dumps), texts
+    st.dictionaries(st.sampled_from(NAMES), values, max_size=3).map(json.dumps),
+    texts,
+    st.sampled_from(SCHEMAS).map(lambda wanted: json.dumps({"structured_outputs": wanted})),
 )
 
 
