@@ -42,6 +42,9 @@ from dualray.proto import inference_pb2_grpc as pb_grpc
 
 PLATFORM = "dualray"
 SERVICE = "inference.GRPCInferenceService"
+MAX_STREAM_REQUESTS = 128
+"""Requests of one stream that run at once. Further messages are not read: HTTP/2 holds up a client
+that sends more than it lets be answered, where each would be kept in full."""
 
 _DATA_TYPES = {
     "BYTES": pb.TYPE_STRING,
@@ -84,11 +87,12 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> None:
-        """Starts every message's completion as it comes; their answers interleave."""
+        """Starts every message's completion as it comes, up to MAX_STREAM_REQUESTS of them; their
+        answers interleave."""
         set_trailer(context, self._engine)
         metadata = dict(context.invocation_metadata() or ())
         as_status = metadata.get("triton_grpc_error") == "true"
-        writing = asyncio.Lock()
+        writing, room = asyncio.Lock(), asyncio.Semaphore(MAX_STREAM_REQUESTS)
 
         async def write(response: pb.ModelStreamInferResponse) -> None:
             async with writing:
@@ -97,8 +101,11 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         refusal: RequestError | None = None
         try:
             async with asyncio.TaskGroup() as group:
+                await room.acquire()
                 async for request in request_iterator:
-                    group.create_task(self._stream(request, context, write, as_status))
+                    task = group.create_task(self._stream(request, context, write, as_status))
+                    task.add_done_callback(lambda _: room.release())
+                    await room.acquire()  # before the next one is read
         except* _StreamFailedError as failed:
             first = failed.exceptions[0]
             assert isinstance(first, _StreamFailedError)
