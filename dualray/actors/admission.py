@@ -14,6 +14,7 @@ from dualray.actors.completion import Completion
 from dualray.actors.engine import Engine
 from dualray.actors.merged_completions import submit_all
 from dualray.actors.new_request import checked_prompt
+from dualray.inference.call_limits import check_call
 from dualray.inference.request import DeadlineError, SamplingParams
 
 
@@ -42,6 +43,7 @@ async def admit(
     time_left = engine.max_request_s if timeout_s is None else min(engine.max_request_s, timeout_s)
     deadline = clock() + time_left
     engine.states.need_serving(engine.model_name)
+    check_call(params, engine.limits.max_context, engine.limits.max_waiting)
     ids = checked_prompt(
         prompt, params, tokenizer=engine.tokenizer, max_context=engine.limits.max_context
     )
