@@ -1,12 +1,14 @@
 """Drafts over pipeline and expert ranks: workers say what they say without.
 
-Expert ranks walk the MTP modules together although each has other sequences, or none. Drafts are
-the modules' own, which hardly ever come true, or what will be said, which always does.
+Expert ranks walk the MTP modules together although each has other sequences, or none, and the
+groups of a step do so one after the other. Drafts are the modules' own, which hardly ever come
+true, or what will be said, which always does.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch.distributed as dist
@@ -31,8 +33,10 @@ PROMPTS = {
     "d": (4, 4, 8, 15, 16, 23),
     "e": (31, 7),
 }
-# The second lot leaves other expert ranks and directions without tokens.
-LOTS = (PROMPTS, {"alone": (5, 17, 3)})
+MANY = {f"{i}": tuple((7 * i + 5 * k) % 97 for k in range(1 + i % 4)) for i in range(9)}
+# Prompts, and groups of a step with drafts. The second lot leaves other expert ranks and directions
+# without tokens. Of the last every owner has sequences for two groups or more.
+LOTS = ((PROMPTS, 1), ({"alone": (5, 17, 3)}, 1), (MANY, 3))
 NUM_NEW = 12
 MODEL = tiny_config()
 TRAIN = TrainConfig(
@@ -46,16 +50,19 @@ LAYOUTS = (
 
 
 def generate(run_step, counts, prompts, draft_tokens=0, answers=None):
-    """Tokens by request, the number of steps, and of drafts that came true."""
+    """Tokens by request, the number of steps, of drafts that came true, and of sequences that the
+    emptiest owner ever had."""
     limits = replace(LIMITS, draft_tokens=draft_tokens, draft_modules=min(2, draft_tokens))
     scheduler = Scheduler(owners=owners(*counts), limits=limits, eos_id=None)
     for seed, (name, prompt) in enumerate(prompts.items()):
         params = SamplingParams(max_tokens=NUM_NEW, temperature=seed % 2, top_p=0.9)
         scheduler.add(Request(request_id=name, prompt_ids=prompt, params=params, seed=seed))
     said = {name: [] for name in prompts}
-    steps = 0
+    steps = least = 0
     while (plan := scheduler.plan()) is not None:
         steps += 1
+        by_owner = [len(plan.sequences(owner)) for owner in owners(*counts)]
+        least = max(least, min(by_owner))
         told = {name: len(tokens) for name, tokens in said.items()}
         sampled = []
         for token in run_step(plan):
@@ -67,7 +74,7 @@ def generate(run_step, counts, prompts, draft_tokens=0, answers=None):
             sampled.append(token)
         for progress in scheduler.apply(sampled):
             said[progress.request_id].append(progress.sampled.token_id)
-    return said, steps, scheduler.counts.drafts.num_accepted_tokens
+    return said, steps, scheduler.counts.drafts.num_accepted_tokens, least
 
 
 def serve(rank: int, ports):
@@ -85,38 +92,45 @@ def serve(rank: int, ports):
             )
             for direction, stage in enumerate(trainer.schedule.stage_of[trainer.at.pipeline])
         }
-        walk = StepRunner(
-            replica=trainer.at.replica,
-            expert=trainer.at.expert,
-            stages=stages,
-            entries={direction: trainer.schedule.entry_of(direction) for direction in stages},
-            numbers=dict(enumerate(trainer.schedule.stage_of[trainer.at.pipeline])),
-            num_stages=trainer.schedule.num_stages,
-            transport=PipelineTransport(
-                trainer.links, trainer.schedule, trainer.at.pipeline, trainer.device
-            ),
-        )
+        walks = {
+            groups: StepRunner(
+                replica=trainer.at.replica,
+                expert=trainer.at.expert,
+                stages=stages,
+                entries={direction: trainer.schedule.entry_of(direction) for direction in stages},
+                numbers=dict(enumerate(trainer.schedule.stage_of[trainer.at.pipeline])),
+                num_stages=trainer.schedule.num_stages,
+                groups=groups,
+                transport=PipelineTransport(
+                    trainer.links, trainer.schedule, trainer.at.pipeline, trainer.device
+                ),
+            )
+            for groups in {groups for _, groups in LOTS}
+        }
 
-        def run_step(plan, walk=walk):
+        def run_step(groups, plan, walks=walks):
             parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, walk.run(plan))
+            dist.all_gather_object(parts, walks[groups].run(plan))
             return [sampled for part in parts for sampled in part]
 
         counts = (layout.replicas, layout.experts, len(trainer.schedule.entries))
-        for prompts in LOTS:
-            plain = generate(run_step, counts, prompts)
-            own = generate(run_step, counts, prompts, draft_tokens=3)
-            right = generate(run_step, counts, prompts, draft_tokens=3, answers=plain[0])
+        for prompts, groups in LOTS:
+            plain = generate(partial(run_step, 1), counts, prompts)
+            step = partial(run_step, groups)
+            own = generate(step, counts, prompts, draft_tokens=3)
+            right = generate(step, counts, prompts, draft_tokens=3, answers=plain[0])
             results.append((plain, own, right))
         trainer.close()
     return results
 
 
 @pytest.mark.multiproc
-def test_workers_say_the_same_with_drafts():
+def test_workers_say_the_same_with_drafts_at_once_and_in_groups():
     by_rank = run_ranks(serve, 4, [free_port() for _ in LAYOUTS])
     assert all(results == by_rank[0] for results in by_rank)
     for plain, own, right in by_rank[0]:
         assert plain[0] == own[0] == right[0]
         assert right[1] < plain[1]
         assert right[2] > 0
+    of_many = by_rank[0][len(LOTS) - 1 :: len(LOTS)]
+    assert all(drafted[3] > 1 for _, *both in of_many for drafted in both)
