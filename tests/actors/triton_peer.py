@@ -1,6 +1,6 @@
 """The unmodified tritonclient against TARGET, in a process of its own: one scenario, one JSON line.
 
-Not a test itself; test_grpc_service.py runs it.
+Not a test itself; test_tritonclient.py runs it.
 """
 
 import json
