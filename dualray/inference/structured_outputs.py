@@ -20,7 +20,7 @@ from dualray.inference.parameter_values import (
 )
 
 MAX_BYTES = 64 * 1024
-"""Longest constraint in bytes of UTF-8: what a compiler takes a few hundred milliseconds for."""
+"""Longest constraint in bytes of UTF-8. What it takes to compile is bounded by its trial."""
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _NOT_OFFERED = ("structural_tag", "disable_additional_properties")

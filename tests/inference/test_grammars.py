@@ -201,6 +201,26 @@ def test_what_costs_too_much_later_ends_with_a_reason():
     assert str(grammar_failure(matcher)).startswith("the completion cannot go on in its grammar: ")
 
 
+def test_what_is_ambiguous_in_every_place_ends_before_a_token_takes_long():
+    matcher = compiled(grammar='start: e\ne: e e e | e e | "a" | ""')
+    for _ in range(300):
+        matcher.allowed()
+        if not matcher.accept(ord("a")):
+            break
+    assert matcher.error is not None
+    assert "items; max is 700" in matcher.error
+
+
+def test_an_object_may_have_many_properties_that_may_be_left_out():
+    properties = {f"p{i}": {"type": "integer"} for i in range(150)}
+    schema = json.dumps({"properties": properties, "additionalProperties": False})
+    matcher = compiled(json=schema, disable_any_whitespace=True)
+    for token in b'{"p0":1,"p149":2}':
+        assert token in ids_in(matcher.allowed())
+        assert matcher.accept(token)
+    assert matcher.is_complete
+
+
 def test_the_end_is_allowed_exactly_where_the_grammar_may_end():
     matcher = compiled(regex="ab?")
     assert list(ids_in(matcher.allowed())) == [ord("a")]
