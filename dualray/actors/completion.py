@@ -170,7 +170,7 @@ class Completion:
 
     def fail(self, error: Exception) -> None:
         """Makes the reader raise `error` after all the text that there is."""
-        self._held_text += self._text.finish()
+        self._held_text += self._text.take_held()  # the error may be the tokenizer's
         if self._held_text:
             self._give(None)
         self._items.put_nowait(error)

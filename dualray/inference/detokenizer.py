@@ -85,9 +85,14 @@ class IncrementalText:
         """The rest that was held back; a character that never became whole is dropped."""
         if self.matched_stop is not None:
             return ""
-        rest, self._held = self._held + self._last_said(), ""
+        rest = self.take_held() + self._last_said()
         self._pending, self._given = [], 0
         return rest
+
+    def take_held(self) -> str:
+        """What may be the beginning of a stop string, without a look at the tokenizer."""
+        held, self._held = self._held, ""
+        return held
 
     def _last_said(self) -> str:
         """What of the pending ids' text is no half character but U+FFFD itself."""
