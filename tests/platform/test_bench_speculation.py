@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -78,4 +81,41 @@ def test_a_completion_that_begins_otherwise_is_no_comparison():
     assert str(raised.value) == (
         "with 2 at once, request 0 begins with token 4 of 2 with drafts and with 5 of 2 without; "
         "find what drafts have changed before comparing their speed."
+    )
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dualray.platform.cli", "bench", "speculation", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_command_trains_a_model_and_measures_it(tmp_path):
+    record = tmp_path / "results.jsonl"
+    done = command("--quick", "--json", "--record", str(record))
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert json.loads(record.read_text()) == line
+    asked = [
+        (row["batch"], row["temperature"], row["train_steps"], row["same_completions"])
+        for row in line["results"]
+        if row["part"] == "speculation"
+    ]
+    assert asked == [(b, t, QUICK.train_steps, 2) for b in (1, 2) for t in (0.0, 1.0)]
+    assert len(line["goals"]) == 2
+
+
+def test_a_checkpoint_comes_with_its_data():
+    done = command("--checkpoint", "runs/mine")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(
+        "--checkpoint is runs/mine and --data is None, and a trained model needs both; give the "
+        "run's checkpoint and its data.path, or neither."
     )

@@ -35,6 +35,7 @@ SURFACE: dict[str, list[str]] = {
     ],
     "bench overlap": ["--json", "--quick", "--record"],
     "bench serve": ["--json", "--quick", "--record"],
+    "bench speculation": ["--checkpoint", "--data", "--json", "--quick", "--record"],
     "bench rebalance": ["--json", "--quick", "--record"],
     "bench schedule": ["--json", "--quick", "--ranks", "--record"],
     "checkpoint export": ["CHECKPOINT", "--json", "--max-shard-size", "--out"],

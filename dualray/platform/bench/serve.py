@@ -29,7 +29,6 @@ from dualray.platform.bench.serve_requests import (
     equal_requests,
     num_tokens,
 )
-from dualray.platform.bench.serve_speculation import speculation_rows
 from dualray.platform.bench.serve_steps import busy_shares, step_overhead
 from dualray.platform.bench.serve_streams import hold_streams
 from dualray.platform.bench.serve_workload import Workload
@@ -98,7 +97,7 @@ def compare_serving(
         rows += _four_workers(load, batch, mix, server, on_part)
     on_part("stages of a deep pipeline")
     rows += idle_shares(model, load.idle, repeats=load.idle_repeats)
-    return [*rows, *speculation_rows(on_part, quick=load.quick)]
+    return rows
 
 
 def over_grpc(server: Server, requests: Sequence[BenchRequest]) -> list[Answer]:

@@ -5,11 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dualray.platform.bench.serve_speculation_result import (
-    speculation_goals,
-    speculation_sentences,
-)
-
 Rows = Sequence[dict[str, Any]]
 
 
@@ -39,7 +34,6 @@ def goals(rows: Rows) -> list[dict[str, Any]]:
         ("gRPC costs less than 5 % of the tokens a second", grpc, grpc < 0.05),
         (f"of {streams['streams']} streams nothing lost or mixed up", damage, damage == 0),
         ("a step on four workers costs less than 1.5 ms besides", overhead_ms, overhead_ms < 1.5),
-        *speculation_goals(rows),
     ]
     return [{"words": words, "value": value, "met": bool(met)} for words, value, met in found]
 
@@ -93,7 +87,7 @@ def sentences(rows: Rows) -> list[str]:
         "between steps",
     ]
     idle = [_idle(row) for row in rows if row["part"] == "idle"]
-    return [*found, *idle, *speculation_sentences(rows)]
+    return [*found, *idle]
 
 
 def _idle(row: dict[str, Any]) -> str:

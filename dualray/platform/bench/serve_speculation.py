@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,11 @@ def _check(words: str, plain: dict[str, list[int]], drafting: dict[str, list[int
                 f"{len(drafting[name])} with drafts and with {ids[0]} of {len(ids)} without",
                 hint="find what drafts have changed before comparing their speed",
             )
+
+
+def case_dict(quick: bool) -> dict[str, Any]:
+    """What a record says of the requests and of the training."""
+    return asdict(QUICK if quick else FULL)
 
 
 def speculation_rows(

@@ -41,8 +41,6 @@ class Workload:
         )
     )
     idle_repeats: int = 20
-    quick: bool = False
-    """For parts that have a workload of their own."""
 
 
 FULL = Workload()
@@ -64,5 +62,4 @@ QUICK = Workload(
     max_batch=8,
     idle=(IdleCase(words="4 decode", num_ranks=4, num_sequences=4, num_new=1, context=8),),
     idle_repeats=1,
-    quick=True,
 )

@@ -13,6 +13,7 @@ from dualray.platform.commands.bench_overlap import overlap
 from dualray.platform.commands.bench_rebalance import rebalance
 from dualray.platform.commands.bench_schedule import schedule
 from dualray.platform.commands.bench_serve import serve
+from dualray.platform.commands.bench_speculation import speculation
 
 app = typer.Typer(help="Side-by-side benchmarks.", no_args_is_help=True)
 app.command("model")(model)
@@ -24,3 +25,4 @@ app.command("context")(context)
 app.command("schedule")(schedule)
 app.command("overlap")(overlap)
 app.command("serve")(serve)
+app.command("speculation")(speculation)
