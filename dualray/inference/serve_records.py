@@ -10,7 +10,7 @@ from dualray.errors import ConfigError
 def check_records(
     *, access_log: str | None, access_log_prompts: bool, otlp_endpoint: str | None
 ) -> None:
-    """Raises ConfigError. Whether a file can be written shows when serving starts, where it lies."""
+    """Raises ConfigError. Whether a file can be written shows where serving starts."""
     if access_log == "":
         raise ConfigError(
             "serve.access_log is empty and must name a file",
