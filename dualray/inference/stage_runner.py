@@ -25,6 +25,7 @@ from dualray.inference.prompt_scores import score_prompts
 from dualray.inference.sampler import sample
 from dualray.inference.scoring import LOGITS_BUDGET
 from dualray.inference.speculative import Drafter, accepted, row_by_row
+from dualray.inference.step_threads import step_threads
 from dualray.model.context import ExpertDispatch, ForwardContext, RoutingTape
 from dualray.model.stage import Stage
 
@@ -45,7 +46,8 @@ class StageRunner:
     on zero tokens: the other expert ranks wait for it in every exchange. Steps that run up to
     `compile_batch` rows, each of which chooses a token, are compiled here, once, which takes
     minutes; 0 for none. A last stage drafts with its first `draft_modules` MTP modules, each of
-    which has a cache like a layer's. With `invariant` a request gets the same bits whatever runs
+    which has a cache like a layer's. On a CPU steps of few rows take fewer of torch's threads than
+    there are now (`step_threads`). With `invariant` a request gets the same bits whatever runs
     beside it (`batch_invariant`).
     """
 
@@ -66,6 +68,9 @@ class StageRunner:
         self.device, self.dtype = weight.device, weight.dtype
         self._dispatch = dispatch
         self._invariant, self._padding_block = invariant, num_blocks
+        # Bits depend on the number of threads.
+        fewer_threads = self.device.type == "cpu" and not invariant
+        self._threads = torch.get_num_threads() if fewer_threads else 1
         if invariant:
             check_device(self.device)
         modules = stage.mtp_modules()[:draft_modules] if stage.is_last else []
@@ -99,6 +104,18 @@ class StageRunner:
         `tape` records or replays the expert choices of this call's T rows. Behind a last stage's
         layers follow so many MTP modules.
         """
+        num_rows = sum(len(sequence.ids) for sequence in sequences)
+        with step_threads(num_rows, self._threads):
+            return self._run(sequences, hidden_TD, tape, num_rows, draft_passes)
+
+    def _run(
+        self,
+        sequences: Sequence[SequencePlan],
+        hidden_TD: Tensor | None,
+        tape: RoutingTape | None,
+        num_rows: int,
+        draft_passes: int,
+    ) -> StageOutput:
         apart = row_by_row(sequences)
         scores = any(sequence.prompt is not None for sequence in sequences)
         plain = tape is None and not scores
@@ -108,7 +125,6 @@ class StageRunner:
                 return StageOutput(hidden_TD=out, sampled=[], scored=[])
             sampled = self._say(out, sequences, draft_passes)
             return StageOutput(hidden_TD=out, sampled=sampled, scored=[])
-        num_rows = sum(len(sequence.ids) for sequence in sequences)
         split, ctx = self._context(sequences, apart, num_rows, tape)
         if self.stage.is_first:
             ids = [token for sequence in split for token in sequence.ids]
