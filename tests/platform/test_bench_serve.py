@@ -141,8 +141,8 @@ def test_stages_in_order_idle_as_the_formula_says_and_less_in_groups():
     ]
     two, four = idle_shares(model, cases, repeats=1)
     assert two["one_group"] == two["chosen"]
-    assert (four["one_group"]["groups"], four["chosen"]["groups"]) == (1, 4)
-    # Stages differ a little, so the measured shares are near those of equal ones: 1/2 and 1/5.
+    assert (four["one_group"]["groups"], four["chosen"]["groups"]) == (1, 2)
+    # Stages differ a little, so the measured shares are near those of equal ones: 1/2 and 1/3.
     assert four["chosen"]["idle"] < four["one_group"]["idle"] < 0.9
 
 

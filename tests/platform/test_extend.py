@@ -89,10 +89,12 @@ def train(run: RunFile, *, until: int = 100, first_step: int = 0) -> tuple[FakeG
     with MetricsLog.resume(folder.metrics, first_step) as log:
         dataset = TokenDataset.open(run.data.path, verify=False)
         start = start_of(run.layout, phase_at(run.phases(), first_step), None)
-        Training(
+        training = Training(
             run, gang, folder, events, log, dataset=dataset, first_step=first_step, start=start,
             placement=contiguous_placement(run.model, run.layout.experts), nodes=None,
-        ).run(lambda: gang.steps >= until)  # fmt: skip
+        )  # fmt: skip
+        training.run(lambda: gang.steps >= until)
+        training.commit()  # as a run does that is told to stop
     return gang, events
 
 
