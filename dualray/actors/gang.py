@@ -12,6 +12,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dualray.actors.cluster import ClusterConfig
+from dualray.actors.error_words import error_words
 from dualray.actors.stage_worker import StageWorker, WorkerInfo, WorkerSpec
 from dualray.errors import DualrayError, RunError
 from dualray.parallel.groups import Rendezvous
@@ -124,7 +125,7 @@ class Gang:
                 return cause
         rank, cause = causes[0]
         reason = RunError(
-            f"worker {rank} failed in {method} with {type(cause).__name__}: {_first_line(cause)}",
+            f"worker {rank} failed in {method} with {error_words(cause)}",
             hint="this is a bug in dualray or a broken node",
         )
         reason.__cause__ = errors[rank]
@@ -140,7 +141,3 @@ class Gang:
         ray.wait(farewell, num_returns=len(farewell), timeout=5)
         for worker in self.workers:
             ray.kill(worker)
-
-
-def _first_line(error: BaseException | None) -> str:
-    return str(error).strip().partition("\n")[0]

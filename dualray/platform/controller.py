@@ -16,6 +16,7 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from dualray.actors.cluster import Connection
+from dualray.actors.error_words import error_words
 from dualray.actors.gang import Gang, WorkerLostError
 from dualray.actors.mode_answer import ModeAnswer, Refusal
 from dualray.actors.stage_worker import WorkerSpec
@@ -226,8 +227,7 @@ class Controller:
         if isinstance(error, RayTaskError) and isinstance(error.cause, DualrayError):
             error = error.cause  # the engine's own; str(RayTaskError) is a traceback
         if not isinstance(error, DualrayError):
-            first_line = str(error).strip().partition("\n")[0]
-            return f"{type(error).__name__}: {first_line}; {self._keep_traceback(error)}."
+            return f"{error_words(error)}; {self._keep_traceback(error)}."
         if not isinstance(error, WorkerLostError):
             if not isinstance(error.__cause__, RayTaskError):
                 return str(error)

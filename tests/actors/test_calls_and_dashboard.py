@@ -8,17 +8,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.scrapes import scraping
-from support.serving import serving
 
 from dualray.platform.client import Client
 from dualray.proto import inference_pb2 as pb
 from dualray.proto import inference_pb2_grpc as pb_grpc
-
-
-@pytest.fixture
-def served():
-    with serving() as served:
-        yield served
 
 
 @pytest.fixture

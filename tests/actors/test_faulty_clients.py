@@ -11,12 +11,6 @@ from dualray.proto import inference_pb2_grpc as pb_grpc
 TIMEOUT_S = 60
 
 
-@pytest.fixture
-def served():
-    with serving() as served:
-        yield served
-
-
 def request(max_tokens: int, n: int = 1, logprobs: bool = False) -> pb.ModelInferRequest:
     message = pb.ModelInferRequest(model_name="tiny")
     text = message.inputs.add(name="text_input", datatype="BYTES", shape=[1])

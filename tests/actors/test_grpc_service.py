@@ -29,19 +29,6 @@ def call(**changes) -> pb.ModelInferRequest:
     return request
 
 
-@pytest.fixture(scope="module")
-def shared():
-    """A serving server for tests that leave it as they found it."""
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture
-def served():
-    with serving() as served:
-        yield served
-
-
 @pytest.fixture
 def stub(request):
     """Stub of whichever server the test uses."""

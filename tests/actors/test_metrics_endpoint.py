@@ -50,12 +50,6 @@ CALLS = ("grpc_server_started", "grpc_server_handled")
 
 
 @pytest.fixture
-def served():
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture
 def scrape(served):
     with scraping(served) as scrape:
         yield scrape

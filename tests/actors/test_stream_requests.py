@@ -5,21 +5,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import grpc
-import pytest
 from support.questions import question
-from support.serving import LIMITS, WEIGHTS, serving
+from support.serving import LIMITS, WEIGHTS
 
 from dualray.actors.grpc_service import MAX_STREAM_REQUESTS, InferenceService
 from dualray.proto import inference_pb2 as pb
 from dualray.proto import inference_pb2_grpc as pb_grpc
 
 NUM_MESSAGES = MAX_STREAM_REQUESTS + 40
-
-
-@pytest.fixture
-def served():
-    with serving() as served:
-        yield served
 
 
 def test_further_requests_of_a_stream_begin_when_others_have_ended(served):

@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 from support.secured import request_of
-from support.serving import LIMITS, serving
+from support.serving import LIMITS
 
 from dualray.inference.plan import Owner
 from dualray.proto import inference_pb2 as pb
@@ -36,19 +36,6 @@ def end_peer(process: subprocess.Popen) -> dict:
 
 def peer(scenario: str, target: str) -> dict:
     return end_peer(start_peer(scenario, target))
-
-
-@pytest.fixture(scope="module")
-def shared():
-    """A serving server for tests that leave it as they found it."""
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture
-def served():
-    with serving() as served:
-        yield served
 
 
 def test_tritonclient_streams_completions(shared):

@@ -19,19 +19,6 @@ Z, EOS = 122, 256
 ONLY_Z = {"logit_bias": {Z: 100}}
 
 
-@pytest.fixture(scope="module")
-def shared():
-    """A serving server for tests that leave it as they found it."""
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture
-def served():
-    with serving() as served:
-        yield served
-
-
 @pytest.fixture
 def stub(request):
     """Stub of whichever server the test uses."""
